@@ -33,11 +33,19 @@ void check(bool ok, const Parts&... parts) {
   if (!ok) fail(parts...);
 }
 
-inline std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "(") << t.size(d);
-  text << (t.dim() ? ")" : "()");
-  return text.str();
+struct shape {  // in a message: (128, 64, 16, 16)
+  const Tensor& tensor;
+  explicit shape(const Tensor& t) : tensor(t) {}
+};
+inline std::ostream& operator<<(std::ostream& out, const shape& s) {
+  out << "(";
+  for (int64_t d = 0; d < s.tensor.dim(); ++d) out << (d ? ", " : "") << s.tensor.size(d);
+  return out << ")";
+}
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
 }
 inline const char* dtype_name(ScalarType t) { return torch::headeronly::toString(t); }
 
@@ -53,8 +61,9 @@ inline Tensor as(const Tensor& t, ScalarType dtype) {
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
 }
 inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
-  check(t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(),
-        name, " and the input must be on one device: move one of them");
+  bool same_type = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu();
+  check(same_type && t.get_device_index() == x.get_device_index(), name,
+        " and the input must be on one device: move one of them");
 }
 
 // ---------------------------------------------------------------------------------------------- layouts
@@ -113,13 +122,14 @@ inline void check_bn_vector(const char* name, const OptionalTensor& t, const Ten
   check(t->dim() == 1 && t->size(0) == x.size(1), "bn_leaky_relu: ", name, " must have shape (", x.size(1),
         ",), one value per channel of x ", shape(x), "; got ", shape(*t));
   auto given = t->scalar_type(), own = x.scalar_type();
-  check(given == own || given == wide(own), "bn_leaky_relu: ", name, " must be ", dtype_name(own), " like x or ",
-        dtype_name(wide(own)), "; got ", dtype_name(given));
+  check(given == own || given == wide(own), "bn_leaky_relu: ", name, " must be ", dtype_name(own),
+        " like x or ", dtype_name(wide(own)), "; got ", dtype_name(given));
   check_same_device(name, *t, x);
 }
 inline void check_bn_input(const Tensor& x, int64_t groups) {
   auto t = x.scalar_type();
-  check(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double,
+  bool half = t == ScalarType::BFloat16 || t == ScalarType::Half;
+  check(half || t == ScalarType::Float || t == ScalarType::Double,
         "bn_leaky_relu needs float32, bfloat16, float16 or float64; got ", dtype_name(t),
         ": leave --fused out, or cast x");
   check(x.dim() >= 2, "bn_leaky_relu: x must be (N, C) or (N, C, H, W); got shape ", shape(x));
@@ -147,8 +157,9 @@ inline void check_bn_leaky_relu_backward(const Tensor& dy, const Tensor& x, cons
   check_bn_input(x, groups);
   check_bn_vector("weight", weight, x);
   check_bn_vector("bias", bias, x);
-  check(shape(dy) == shape(x) && dy.scalar_type() == x.scalar_type(), "bn_leaky_relu_backward: dy must be ",
-        dtype_name(x.scalar_type()), " ", shape(x), " like x; got ", dtype_name(dy.scalar_type()), " ", shape(dy));
+  check(same_shape(dy, x) && dy.scalar_type() == x.scalar_type(), "bn_leaky_relu_backward: dy must be ",
+        dtype_name(x.scalar_type()), " ", shape(x), " like x; got ", dtype_name(dy.scalar_type()),
+        " ", shape(dy));
   check_same_device("dy", dy, x);
   for (const Tensor* t : {&mean, &invstd}) {
     check(t->dim() == 2 && t->size(0) == (training ? groups : 1) && t->size(1) == x.size(1) &&
@@ -174,15 +185,16 @@ inline SnSizes sn_sizes(const Tensor& w) {  // w as dense() gives it
 }
 inline void check_sn_weight(const Tensor& w, const Tensor& u, const Tensor& v, const Tensor& first) {
   auto t = w.scalar_type();
-  check(t == ScalarType::Float || t == ScalarType::Double, "spectral_norm needs float32 or float64 weights; got ",
-        dtype_name(t), ": leave --fused out, or keep the weights in float32 (autocast does)");
+  check(t == ScalarType::Float || t == ScalarType::Double,
+        "spectral_norm needs float32 or float64 weights; got ", dtype_name(t), ": leave --fused out, or keep the weights in float32 (autocast does)");
   check(t == first.scalar_type(), "spectral_norm: all weights must have one dtype; got ",
         dtype_name(first.scalar_type()), " and ", dtype_name(t));
   check(w.dim() >= 2 && w.numel() > 0, "spectral_norm: a weight must be (out, in, ...) and not empty; got ",
         shape(w));
   int64_t rows = w.size(0), cols = w.numel() / rows;
   check(u.dim() == 1 && u.size(0) == rows && v.dim() == 1 && v.size(0) == cols, "spectral_norm: a weight of ",
-        shape(w), " needs u of shape (", rows, ",) and v of (", cols, ",); got ", shape(u), " and ", shape(v));
+        shape(w), " needs u of shape (", rows, ",) and v of (", cols, ",); got ", shape(u), " and ",
+        shape(v));
   check(u.scalar_type() == t && v.scalar_type() == t, "spectral_norm: u and v must be ", dtype_name(t),
         " like their weight; got ", dtype_name(u.scalar_type()), " and ", dtype_name(v.scalar_type()));
   check_same_device("the weights", w, first);
@@ -192,15 +204,15 @@ inline void check_sn_weight(const Tensor& w, const Tensor& u, const Tensor& v, c
 inline void check_spectral_norm(const std::vector<Tensor>& weights, const std::vector<Tensor>& us,
                                 const std::vector<Tensor>& vs) {
   check(!weights.empty() && weights.size() == us.size() && weights.size() == vs.size(),
-        "spectral_norm: give one u and one v for each of one or more weights; got ", weights.size(), " weights, ",
-        us.size(), " us, ", vs.size(), " vs");
+        "spectral_norm: give one u and one v for each of one or more weights; got ", weights.size(),
+        " weights, ", us.size(), " us, ", vs.size(), " vs");
   for (size_t i = 0; i < weights.size(); ++i) check_sn_weight(weights[i], us[i], vs[i], weights[0]);
 }
 inline ScalarType sn_out_dtype(const std::vector<Tensor>& weights, std::optional<ScalarType> out_dtype) {
   auto own = weights[0].scalar_type(), t = out_dtype.value_or(own);
   check(t == own || (own == ScalarType::Float && (t == ScalarType::BFloat16 || t == ScalarType::Half)),
-        "spectral_norm: out_dtype must be the weights' ", dtype_name(own), ", or bfloat16 or float16 for float32",
-        " weights; got ", dtype_name(t));
+        "spectral_norm: out_dtype must be the weights' ", dtype_name(own),
+        ", or bfloat16 or float16 for float32 weights; got ", dtype_name(t));
   return t;
 }
 inline void check_spectral_norm_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
@@ -214,9 +226,10 @@ inline void check_spectral_norm_backward(const std::vector<Tensor>& grads, const
         "spectral_norm_backward: sigmas must be those that spectral_norm returned");
   check_same_device("sigmas", sigmas, weights[0]);
   for (size_t i = 0; i < weights.size(); ++i) {
-    check(shape(grads[i]) == shape(weights[i]), "spectral_norm_backward: gradient ", i, " has shape ",
+    check(same_shape(grads[i], weights[i]), "spectral_norm_backward: gradient ", i, " has shape ",
           shape(grads[i]), ", its weight ", shape(weights[i]));
-    check(grads[i].scalar_type() == grads[0].scalar_type(), "spectral_norm_backward: gradients of two dtypes");
+    check(grads[i].scalar_type() == grads[0].scalar_type(),
+          "spectral_norm_backward: gradients of two dtypes");
     check_same_device("a gradient", grads[i], weights[0]);
     sn_out_dtype(weights, grads[i].scalar_type());
   }
