@@ -1,0 +1,428 @@
+// BatchNorm + LeakyReLU on CUDA, in training and in eval, forward and backward.
+//
+// forward    mean, var over the `count` values of a channel in a group;  invstd = 1 / sqrt(var + eps)
+//            z = (x - mean) * scale + bias  with  scale = weight * invstd;   y = z > 0 ? z : z * slope
+// backward   dz = z > 0 ? dy : dy * slope, the sign of z computed again from x: no mask, y is not saved
+//            dbias = sum dz;   dweight = invstd * sum dz * (x - mean)
+//            dx = scale * (dz - sum dz / count - (x - mean) * invstd^2 * sum dz * (x - mean) / count)
+//            for mean and var depend on x, too; in eval they do not, and dx = scale * dz
+// layout     a block owns a tile of channels and a slab of rows of one group. channels_last and (N, C): 32
+//            channels, and a row is one pixel, V channels a thread. NCHW: one channel, and a row is V
+//            neighbours in one picture. V * sizeof(T) = 16 bytes where sizes and pointers allow it, or V = 1.
+// launches   two each way (eval forward: one). The first reduces a slab to one partial result per channel.
+//            In the second every block merges the partials of its own channels, all in the same order, then
+//            goes over its slab; slab 0 of group 0 also writes the running statistics, dweight and dbias.
+// bytes      per element, read and written: forward 12 in fp32, 6 in bf16; backward 20 and 10
+// precision  fp32 (fp64 for double), rounded once at the end; variance from batches of rows about their own
+//            mean, merged pairwise: no E[x^2] - E[x]^2 anywhere, an outlier or a large mean does no harm
+// sources    Ioffe and Szegedy 2015 (BatchNorm and its gradient); Chan, Golub, LeVeque 1983 (merging);
+//            Rota Bulo et al. 2018 (InPlace-ABN: fuse with the activation)
+#include "cuda_common.cuh"
+
+namespace dcgan {
+namespace {
+
+constexpr int kTile = 32;  // channels of a block in channels_last
+
+// Where the data lie, and which part of them a block owns. A group is contiguous in both layouts.
+struct Split {
+  int64_t channels, inner;           // inner: H * W in NCHW, 1 in channels_last
+  int64_t group_size, count;         // values of a group; of one channel in it
+  int64_t rows, slab_rows;           // rows of a group; of a slab (the last may have fewer)
+  int tiles, slabs, groups;          // tiles * slabs * groups blocks
+};
+
+// The rows of one thread. `each` hands them out kBatch at a time, so that their loads are in flight together.
+template <int V, bool kLast>
+struct Thread {
+  static constexpr int kAcross = kLast ? kTile / V : 1;  // threads side by side on a row
+  static constexpr int kDown = kThreads / kAcross;       // rows that the block reads at once
+  int tile, slab, group, warp, lane;
+  int64_t channel;                                       // the first of this thread's
+  int64_t offset, left, step;                            // of the next row; rows to come; from row to row
+  int64_t column, column_step, columns, wrap;            // NCHW: place in the picture, in vectors
+
+  __device__ explicit Thread(const Split& s) : warp(threadIdx.x / kLanes), lane(threadIdx.x % kLanes) {
+    tile = blockIdx.x % s.tiles;
+    slab = blockIdx.x / s.tiles % s.slabs;
+    group = blockIdx.x / s.tiles / s.slabs;
+    int64_t row = slab * s.slab_rows + threadIdx.x / kAcross;
+    int64_t end = min((slab + 1) * s.slab_rows, s.rows);
+    channel = kLast ? int64_t(tile) * kTile + threadIdx.x % kAcross * V : tile;
+    left = channel < s.channels && row < end ? (end - row + kDown - 1) / kDown : 0;
+    columns = s.inner / V;
+    column = kLast ? 0 : row % columns;
+    column_step = kLast ? 0 : kDown % columns;
+    int64_t picture = s.channels * s.inner;
+    offset = group * s.group_size +
+             (kLast ? row * s.channels + channel
+                    : row / columns * picture + channel * s.inner + column * V);
+    step = kLast ? kDown * s.channels : kDown / columns * picture + column_step * V;
+    wrap = picture - s.inner;
+  }
+  __device__ int64_t tile_channel() const { return kLast ? int64_t(tile) * kTile + lane : tile; }
+  __device__ bool merges(const Split& s) const {  // this thread has the merged result of tile_channel()
+    return warp == 0 && lane < (kLast ? kTile : 1) && tile_channel() < s.channels;
+  }
+  __device__ void next() {
+    offset += step;
+    if (kLast) return;
+    column += column_step;
+    if (column >= columns) {
+      column -= columns;
+      offset += wrap;
+    }
+  }
+  template <int kBatch, typename F>
+  __device__ void each(F f) {  // f(offsets, how many of them are valid)
+    for (; left > 0; left -= kBatch) {
+      int64_t at[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, next()) at[i] = offset;
+      f(at, int(min(left, int64_t(kBatch))));
+    }
+  }
+};
+
+// Merges the V results of every thread of a block into one per channel of its tile, as merge_warps does.
+template <int V, bool kLast, typename P>
+__device__ P merge_block(P (&mine)[V]) {
+  constexpr int kAcross = Thread<V, kLast>::kAcross, kChannels = kLast ? kTile : 1, kOwn = kLast ? V : 1;
+  __shared__ P slots[kWarps][kChannels];
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  for (int e = kOwn; e < V; ++e) merge(mine[0], mine[e]);
+  for (int e = 0; e < kOwn; ++e) {
+    for (int mask = kAcross; mask < kLanes; mask *= 2) merge(mine[e], shuffle(mine[e], mask));
+    if (lane < kAcross) slots[warp][lane * kOwn + e] = mine[e];
+  }
+  __syncwarp();
+  return merge_warps(lane < kChannels ? slots[warp][lane] : P{}, slots);
+}
+// Merges the partial results of all slabs of a group, as merge_warps does.
+template <bool kLast, typename P>
+__device__ P merge_slabs(const P* partial, const Split& s, int tile, int group) {
+  constexpr int kChannels = kLast ? kTile : 1;
+  __shared__ P slots[kWarps][kChannels];
+  const int64_t channel = int64_t(tile) * kChannels + threadIdx.x % kLanes;
+  P mine{};
+  if (threadIdx.x % kLanes < kChannels && channel < s.channels)
+    for (int slab = threadIdx.x / kLanes; slab < s.slabs; slab += kWarps)
+      merge(mine, partial[(int64_t(group) * s.slabs + slab) * s.channels + channel]);
+  return merge_warps(mine, slots);
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+// The parameters and the running statistics of a forward pass, as kernels see them.
+template <typename T>
+struct Forward {
+  Param<T> weight, bias, running_mean, running_var, new_running_mean, new_running_var;
+  wide_t<T>*mean, *invstd, momentum, eps, slope;
+  bool training;
+};
+
+// K rows at once: their own mean and squares first, then one merge. The counts of all channels are equal.
+template <int K, typename T, int V, typename A>
+__device__ void add_rows(Moments<A> (&mine)[V], const Vector<T, V>* rows) {
+  const A count = mine[0].count + K, weight = K / count, before = mine[0].count * weight;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    A mean = 0, m2 = 0;
+    for (int i = 0; i < K; ++i) mean += A(rows[i].at[e]) * A(1. / K);
+    for (int i = 0; i < K; ++i) m2 += (A(rows[i].at[e]) - mean) * (A(rows[i].at[e]) - mean);
+    A distance = mean - mine[e].mean;
+    mine[e] = {count, mine[e].mean + distance * weight, mine[e].m2 + m2 + distance * (distance * before)};
+  }
+}
+template <typename T, int V, bool kLast>
+__global__ void __launch_bounds__(kThreads, 1)
+    bn_moments(Split s, const T* __restrict__ x, Moments<wide_t<T>>* __restrict__ partial) {
+  Thread<V, kLast> me(s);
+  Moments<wide_t<T>> mine[V] = {};
+  me.template each<4>([&](const int64_t(&at)[4], int valid) {
+    Vector<T, V> rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < valid) rows[i] = load<V>(x + at[i]);
+    if (valid == 4) return add_rows<4>(mine, rows);
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if (i < valid) add_rows<1>(mine, rows + i);
+  });
+  auto merged = merge_block<V, kLast>(mine);
+  if (me.merges(s)) partial[(int64_t(me.group) * s.slabs + me.slab) * s.channels + me.tile_channel()] = merged;
+}
+
+template <typename T, int V, bool kLast>
+__global__ void __launch_bounds__(kThreads, 1)
+    bn_activate(Split s, const T* __restrict__ x, const Moments<wide_t<T>>* __restrict__ partial, Forward<T> p,
+                T* __restrict__ y) {
+  using A = wide_t<T>;
+  Thread<V, kLast> me(s);
+  __shared__ A means[kTile], scales[kTile], biases[kTile];
+  const int64_t c = me.tile_channel();
+  const bool merges = me.merges(s), first = me.slab == 0 && me.group == 0;
+  A running_mean = merges ? p.running_mean.get(c, 0) : 0, running_var = merges ? p.running_var.get(c, 0) : 0;
+
+  // the first block of a tile goes over all groups, for the running statistics; the others merge their own
+  for (int group = first ? 0 : me.group; group < (first ? s.groups : me.group + 1); ++group) {
+    A mean = running_mean, var = running_var;
+    if (p.training) {
+      auto moments = merge_slabs<kLast>(partial, s, me.tile, group);
+      mean = moments.mean, var = moments.m2 / s.count;
+      running_mean += p.momentum * (mean - running_mean);
+      running_var += p.momentum * (moments.m2 / (s.count - 1) - running_var);
+    }
+    if (!merges || group != me.group) continue;
+    const A invstd = 1 / sqrt(var + p.eps);
+    means[me.lane] = mean;
+    scales[me.lane] = p.weight.get(c, 1) * invstd;
+    biases[me.lane] = p.bias.get(c, 0);
+    if (me.slab == 0) p.mean[group * s.channels + c] = mean, p.invstd[group * s.channels + c] = invstd;
+  }
+  if (merges && first && p.new_running_mean.data) {
+    p.new_running_mean.set(c, running_mean);
+    p.new_running_var.set(c, running_var);
+  }
+  __syncthreads();
+
+  A mean[V], scale[V], bias[V];
+  for (int e = 0; e < V; ++e) {
+    const int i = kLast ? threadIdx.x % me.kAcross * V + e : 0;
+    mean[e] = means[i], scale[e] = scales[i], bias[e] = biases[i];
+  }
+  me.template each<4>([&](const int64_t(&at)[4], int valid) {
+    Vector<T, V> rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < valid) rows[i] = load<V>(x + at[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < V; ++e) {
+        const A z = fma(A(rows[i].at[e]) - mean[e], scale[e], bias[e]);
+        rows[i].at[e] = T(z > 0 ? z : z * p.slope);
+      }
+      if (i < valid) store(y + at[i], rows[i]);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+template <typename T>
+struct Backward {
+  Param<T> weight, bias;
+  const wide_t<T>*mean, *invstd;
+  wide_t<T>*dweight, *dbias, slope;
+  bool training;
+};
+
+template <typename T, int V, bool kLast>
+__global__ void __launch_bounds__(kThreads, 1)
+    bn_gradient_sums(Split s, const T* __restrict__ dy, const T* __restrict__ x, Backward<T> p,
+                     Sums<wide_t<T>>* __restrict__ partial) {
+  using A = wide_t<T>;
+  Thread<V, kLast> me(s);
+  A mean[V], scale[V], bias[V];
+  for (int e = 0; e < V; ++e) {
+    const int64_t c = me.channel + (kLast ? e : 0), at = me.group * s.channels + c;
+    if (me.left == 0) break;  // perhaps no channel
+    mean[e] = p.mean[at], scale[e] = p.weight.get(c, 1) * p.invstd[at], bias[e] = p.bias.get(c, 0);
+  }
+  Sums<A> mine[V] = {};
+  me.template each<2>([&](const int64_t(&at)[2], int valid) {
+    Vector<T, V> xs[2], dys[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (i < valid) xs[i] = load<V>(x + at[i]), dys[i] = load<V>(dy + at[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      for (int e = 0; i < valid && e < V; ++e) {
+        const A distance = A(xs[i].at[e]) - mean[e], g = A(dys[i].at[e]);
+        const A dz = fma(distance, scale[e], bias[e]) > 0 ? g : g * p.slope;
+        mine[e].dz += dz, mine[e].dz_x += dz * distance;
+      }
+  });
+  auto merged = merge_block<V, kLast>(mine);
+  if (me.merges(s)) partial[(int64_t(me.group) * s.slabs + me.slab) * s.channels + me.tile_channel()] = merged;
+}
+
+template <typename T, int V, bool kLast>
+__global__ void __launch_bounds__(kThreads, 1)
+    bn_gradient(Split s, const T* __restrict__ dy, const T* __restrict__ x, Backward<T> p,
+                const Sums<wide_t<T>>* __restrict__ partial, T* __restrict__ dx) {
+  using A = wide_t<T>;
+  Thread<V, kLast> me(s);
+  __shared__ A means[kTile], scales[kTile], biases[kTile], shifts[kTile], slants[kTile];
+  const int64_t c = me.tile_channel();
+  const bool merges = me.merges(s), first = me.slab == 0 && me.group == 0;
+  A dweight = 0, dbias = 0;
+
+  for (int group = first ? 0 : me.group; group < (first ? s.groups : me.group + 1); ++group) {
+    const auto sums = merge_slabs<kLast>(partial, s, me.tile, group);
+    if (!merges) continue;
+    const int64_t at = group * s.channels + c;
+    const A invstd = p.invstd[at], scale = p.weight.get(c, 1) * invstd;
+    dweight += invstd * sums.dz_x, dbias += sums.dz;
+    if (group != me.group) continue;
+    means[me.lane] = p.mean[at], scales[me.lane] = scale, biases[me.lane] = p.bias.get(c, 0);
+    shifts[me.lane] = p.training ? scale * (sums.dz / s.count) : 0;
+    slants[me.lane] = p.training ? scale * (invstd * (invstd * sums.dz_x / s.count)) : 0;
+  }
+  if (merges && first) p.dweight[c] = dweight, p.dbias[c] = dbias;
+  __syncthreads();
+
+  A mean[V], scale[V], bias[V], shift[V], slant[V];
+  for (int e = 0; e < V; ++e) {
+    const int i = kLast ? threadIdx.x % me.kAcross * V + e : 0;
+    mean[e] = means[i], scale[e] = scales[i], bias[e] = biases[i], shift[e] = shifts[i], slant[e] = slants[i];
+  }
+  me.template each<2>([&](const int64_t(&at)[2], int valid) {
+    Vector<T, V> xs[2], dys[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (i < valid) xs[i] = load<V>(x + at[i]), dys[i] = load<V>(dy + at[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      for (int e = 0; e < V; ++e) {
+        const A distance = A(xs[i].at[e]) - mean[e], g = A(dys[i].at[e]);
+        const A dz = fma(distance, scale[e], bias[e]) > 0 ? g : g * p.slope;
+        xs[i].at[e] = T(scale[e] * dz - shift[e] - distance * slant[e]);
+      }
+      if (i < valid) store(dx + at[i], xs[i]);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- launchers
+// Every block of the second kernel reads `slabs` partial results of a channel and rows / slabs of its rows:
+// slabs <= sqrt(rows / 32) keeps the first far below the second, and there is no use for more than two
+// blocks per multiprocessor. No slab is empty.
+Split split(const Tensor& x, const BnSizes& b, int channels_per_tile, int values_per_row, int rows_at_once) {
+  const int64_t rows = b.count / values_per_row, tiles = ceil_div(b.channels, channels_per_tile);
+  const int64_t most = ceil_div(2 * multiprocessors(x), tiles * b.groups);
+  const int64_t slabs = std::clamp<int64_t>(std::sqrt(rows / 32.), 1, most);
+  const int64_t slab_rows = ceil_div(ceil_div(rows, slabs), rows_at_once) * rows_at_once;
+  check(tiles * b.groups * slabs <= INT32_MAX, "bn_leaky_relu: too many channels and groups: ", shape(x));
+  return {b.channels, b.inner, b.channels * b.count, b.count, rows, slab_rows, int(tiles),
+          int(ceil_div(rows, slab_rows)), int(b.groups)};
+}
+template <typename T, int V, bool kLast>
+Split split(const Tensor& x, const BnSizes& b) {
+  return split(x, b, kLast ? kTile : 1, kLast ? 1 : V, Thread<V, kLast>::kDown);
+}
+template <typename P>
+Tensor partials(const Tensor& x, const Split& s) {
+  return new_like(x, {int64_t(s.groups) * s.slabs * s.channels * int64_t(sizeof(P))}, ScalarType::Byte);
+}
+template <typename T, int V, bool kLast>
+void launch(const Tensor& x, const BnSizes& sizes, const Forward<T>& p, Tensor& y) {
+  using P = Moments<wide_t<T>>;
+  const Split s = split<T, V, kLast>(x, sizes);
+  const unsigned blocks = s.tiles * s.slabs * s.groups;
+  const auto stream = current_stream(x);
+  const auto partial = p.training ? partials<P>(x, s) : new_like(x, {0}, ScalarType::Byte);
+  const auto at = static_cast<P*>(partial.mutable_data_ptr());
+  if (p.training) bn_moments<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, x.const_data_ptr<T>(), at);
+  bn_activate<T, V, kLast>
+      <<<blocks, kThreads, 0, stream>>>(s, x.const_data_ptr<T>(), at, p, y.mutable_data_ptr<T>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+template <typename T, int V, bool kLast>
+void launch(const Tensor& dy, const Tensor& x, const BnSizes& sizes, const Backward<T>& p, Tensor& dx) {
+  using P = Sums<wide_t<T>>;
+  const Split s = split<T, V, kLast>(x, sizes);
+  const unsigned blocks = s.tiles * s.slabs * s.groups;
+  const auto stream = current_stream(x);
+  const auto partial = partials<P>(x, s);
+  const auto at = static_cast<P*>(partial.mutable_data_ptr());
+  const auto from_dy = dy.const_data_ptr<T>(), from_x = x.const_data_ptr<T>();
+  bn_gradient_sums<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, at);
+  bn_gradient<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, at, dx.mutable_data_ptr<T>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+// The widest access that sizes and pointers allow, in the layout of x.
+template <typename T, typename... Args>
+void launch_for(const BnSizes& s, bool aligned, Args&&... args) {
+  constexpr int V = kVector<T>;
+  const bool last = s.inner == 1, vectors = aligned && (last ? s.channels : s.inner) % V == 0;
+  if (last && vectors) return launch<T, V, true>(args...);
+  if (last) return launch<T, 1, true>(args...);
+  if (vectors) return launch<T, V, false>(args...);
+  launch<T, 1, false>(args...);
+}
+OptionalTensor contiguous(const OptionalTensor& t) { return t ? as(*t, t->scalar_type()) : t; }
+template <typename T>
+Param<T> param(const OptionalTensor& t, ScalarType x) {
+  return {t ? t->data_ptr() : nullptr, t && t->scalar_type() != x};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cuda(
+    const Tensor& x_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any,
+    const OptionalTensor& running_mean_any, const OptionalTensor& running_var_any, bool training,
+    double momentum, double eps, double slope, int64_t groups) {
+  check_bn_leaky_relu(x_any, weight_any, bias_any, running_mean_any, running_var_any, training, groups);
+  torch::stable::accelerator::DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = dense(x_any);
+  const auto weight = contiguous(weight_any), bias = contiguous(bias_any);
+  const auto running_mean = contiguous(running_mean_any), running_var = contiguous(running_var_any);
+  const auto type = x.scalar_type(), vector_type = running_mean ? running_mean->scalar_type() : wide(type);
+  const BnSizes sizes = bn_sizes(x, training ? groups : 1);
+  const bool updates = training && running_mean;
+
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mean = new_like(x, {sizes.groups, sizes.channels}, wide(type));
+  Tensor invstd = torch::stable::empty_like(mean);
+  Tensor new_mean = new_like(x, {updates ? sizes.channels : 0}, vector_type);
+  Tensor new_var = new_like(x, {updates ? sizes.channels : 0}, updates ? running_var->scalar_type() : vector_type);
+  if (x.numel() == 0) {  // as PyTorch: nothing to normalize, statistics as they were
+    torch::stable::zero_(mean), torch::stable::zero_(invstd);
+    if (updates) torch::stable::copy_(new_mean, *running_mean), torch::stable::copy_(new_var, *running_var);
+    return {y, mean, invstd, new_mean, new_var};
+  }
+  dispatch(type, [&](auto zero) {
+    using T = decltype(zero);
+    using A = wide_t<T>;
+    const OptionalTensor none, to_mean = updates ? new_mean : none, to_var = updates ? new_var : none;
+    const Forward<T> p{
+        param<T>(weight, type), param<T>(bias, type), param<T>(running_mean, type),
+        param<T>(running_var, type), param<T>(to_mean, type), param<T>(to_var, type),
+        mean.mutable_data_ptr<A>(), invstd.mutable_data_ptr<A>(), A(momentum), A(eps), A(slope), training};
+    launch_for<T>(sizes, is_aligned<kVector<T>>(x.const_data_ptr<T>()), x, sizes, p, y);
+  });
+  return {y, mean, invstd, new_mean, new_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_leaky_relu_backward_cuda(
+    const Tensor& dy_any, const Tensor& x_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any,
+    const Tensor& mean, const Tensor& invstd, bool training, double slope, int64_t groups) {
+  check_bn_leaky_relu_backward(dy_any, x_any, weight_any, bias_any, mean, invstd, training, groups);
+  torch::stable::accelerator::DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = dense(x_any), dy = in_layout_of(dy_any, x);
+  const auto weight = contiguous(weight_any), bias = contiguous(bias_any);
+  const auto type = x.scalar_type();
+  const BnSizes sizes = bn_sizes(x, training ? groups : 1);
+
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dweight = new_like(x, {sizes.channels}, wide(type)), dbias = torch::stable::empty_like(dweight);
+  if (x.numel() == 0) {
+    torch::stable::zero_(dweight), torch::stable::zero_(dbias);
+    return {dx, dweight, dbias};
+  }
+  dispatch(type, [&](auto zero) {
+    using T = decltype(zero);
+    using A = wide_t<T>;
+    constexpr int V = kVector<T>;
+    const Backward<T> p{param<T>(weight, type), param<T>(bias, type),
+                               mean.const_data_ptr<A>(), invstd.const_data_ptr<A>(),
+                               dweight.mutable_data_ptr<A>(), dbias.mutable_data_ptr<A>(), A(slope), training};
+    const bool aligned = is_aligned<V>(x.const_data_ptr<T>()) && is_aligned<V>(dy.const_data_ptr<T>());
+    launch_for<T>(sizes, aligned, dy, x, sizes, p, dx);
+  });
+  return {dx, dweight, dbias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcgan, CUDA, m) {
+  m.impl("bn_leaky_relu", TORCH_BOX(&bn_leaky_relu_cuda));
+  m.impl("bn_leaky_relu_backward", TORCH_BOX(&bn_leaky_relu_backward_cuda));
+}
+}  // namespace
+}  // namespace dcgan
