@@ -837,9 +837,8 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
         good = apply_gradients(opt_d, loss_d, good)
     good = apply_gradients(opt_g, loss_g, good)
 
-    torch._foreach_copy_(
-        buffers, [torch.where(good, now, old) for now, old in zip(buffers, before, strict=True)]
-    )
+    for now, old in zip(buffers, before, strict=True):
+        now.copy_(torch.where(good, now, old))
     if ema is not None:
         average(ema, G, ema_weight * good)
     numbers = torch.stack(
