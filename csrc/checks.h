@@ -18,6 +18,7 @@
 #include <vector>
 
 namespace dcgan {
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -34,12 +35,12 @@ void check(bool ok, const Parts&... parts) {
 }
 
 struct shape {  // in a message: (128, 64, 16, 16)
-  const Tensor& tensor;
-  explicit shape(const Tensor& t) : tensor(t) {}
+  IntHeaderOnlyArrayRef sizes;
+  explicit shape(const Tensor& t) : sizes(t.sizes()) {}
 };
 inline std::ostream& operator<<(std::ostream& out, const shape& s) {
   out << "(";
-  for (int64_t d = 0; d < s.tensor.dim(); ++d) out << (d ? ", " : "") << s.tensor.size(d);
+  for (size_t d = 0; d < s.sizes.size(); ++d) out << (d ? ", " : "") << s.sizes[d];
   return out << ")";
 }
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -186,7 +187,8 @@ inline SnSizes sn_sizes(const Tensor& w) {  // w as dense() gives it
 inline void check_sn_weight(const Tensor& w, const Tensor& u, const Tensor& v, const Tensor& first) {
   auto t = w.scalar_type();
   check(t == ScalarType::Float || t == ScalarType::Double,
-        "spectral_norm needs float32 or float64 weights; got ", dtype_name(t), ": leave --fused out, or keep the weights in float32 (autocast does)");
+        "spectral_norm needs float32 or float64 weights; got ", dtype_name(t),
+        ": leave --fused out, or keep the weights in float32 (autocast does)");
   check(t == first.scalar_type(), "spectral_norm: all weights must have one dtype; got ",
         dtype_name(first.scalar_type()), " and ", dtype_name(t));
   check(w.dim() >= 2 && w.numel() > 0, "spectral_norm: a weight must be (out, in, ...) and not empty; got ",
