@@ -1,31 +1,31 @@
 """DCGAN in one file: pictures in, a generator of pictures out.
 
-    python dcgan.py                                   built-in drawn faces: no download, a few minutes on two CPU cores
-    python dcgan.py --data celeb_dataset              a folder, nested folder or .zip of pictures, or MNIST's idx files
-    python dcgan.py --data celeb_dataset --fused      the same with the fused kernels of csrc/ (pip install -e .)
+    python dcgan.py                                   drawn faces: no download, some minutes on two CPU cores
+    python dcgan.py --data celeb_dataset              a folder, nested folder or .zip of pictures
+    python dcgan.py --data celeb_dataset --fused      the same with the fused kernels of csrc/
     python dcgan.py --preset mnist --data mnist_dir   another system: classic, keras, regularized, mnist, demo
     python dcgan.py --run runs/demo-drawn --resume    go on where a run stopped
-    torchrun --nproc-per-node=8 dcgan.py --data ...   the same on many GPUs (or CPU processes)
+    torchrun --nproc-per-node=8 dcgan.py --data ...   the same on many GPUs, or CPU processes
     python dcgan.py generate RUN --seeds 0-63         pictures from a run, a checkpoint or a snapshot
     python dcgan.py interpolate RUN --seeds 3,7,12    a walk through latent space: a GIF and a strip
     python dcgan.py info                              device, versions, kernels
 
-Two networks play a game [1]. G turns noise z into a picture; D tells real pictures x from G's. D(x) is the
-probability that D gives to "x is real"; D maximises log D(x) + log(1 - D(G(z))), G maximises log D(G(z)).
+Two networks play a game [1].  G turns noise z into a picture; D tells real pictures x from those of G.  D(x) is
+how probable D thinks it that x is real.  D maximises log D(x) + log(1 - D(G(z))), G maximises log D(G(z)).
 
-Notation: N pictures of nc channels and H x W pixels, (N, C, H, W); z is (N, nz); `step` is one update of G;
+Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
 `logits` are D before its sigmoid.  Read from top to bottom: nothing refers to anything further down.
 
- [1] Goodfellow et al. 2014, Generative adversarial nets                        arXiv:1406.2661
- [2] Radford, Metz, Chintala 2015, DCGAN: the networks and their initialisation arXiv:1511.06434
- [3] Miyato et al. 2018, Spectral normalization for GANs                        arXiv:1802.05957
- [4] Ioffe, Szegedy 2015, Batch normalization                                   arXiv:1502.03167
- [5] Salimans et al. 2016, Improved techniques (one-sided label smoothing)      arXiv:1606.03498
- [6] Sonderby et al. 2016, Amortised MAP inference (noise on D's input)         arXiv:1610.04490
- [7] Heusel et al. 2017, Two time-scale update rule (lr_d != lr_g)              arXiv:1706.08500
- [8] Yazici et al. 2018, Averaging in GAN training (EMA of G)                   arXiv:1806.04498
- [9] White 2016, Sampling generative networks (spherical interpolation)         arXiv:1609.04468
-[10] Glorot, Bengio 2010, Understanding the difficulty of training deep networks (Keras' initialisation)
+ [1] Goodfellow et al. 2014, Generative adversarial nets, arXiv:1406.2661
+ [2] Radford, Metz, Chintala 2015, DCGAN: the networks and their first weights, arXiv:1511.06434
+ [3] Miyato et al. 2018, Spectral normalization for GANs, arXiv:1802.05957
+ [4] Ioffe, Szegedy 2015, Batch normalization, arXiv:1502.03167
+ [5] Salimans et al. 2016, Improved techniques: one-sided label smoothing, arXiv:1606.03498
+ [6] Sonderby et al. 2016, Amortised MAP inference: noise on D's input, arXiv:1610.04490
+ [7] Heusel et al. 2017, Two time-scale update rule: lr_d is not lr_g, arXiv:1706.08500
+ [8] Yazici et al. 2018, Averaging in GAN training: the EMA of G, arXiv:1806.04498
+ [9] White 2016, Sampling generative networks: spherical interpolation, arXiv:1609.04468
+[10] Glorot, Bengio 2010, Understanding the difficulty of training deep networks: Keras' first weights
 """
 
 import argparse
@@ -73,25 +73,36 @@ class UserError(Exception):
     """Wrong use, unusable data, a full disk: main prints it as one line and exits with 2."""
 
 
-# ------------------------------------------------------------------------------------------------ configuration
+# ---------------------------------------------------------------------------------------- configuration
 
 # The systems.  A preset is a row of values; what it leaves out is Config's default, which is `classic`.
 # Where a source names no value it is ours: see the README.
 PRESETS = {
-    "classic": dict(),  # PyTorch's dcgan.py on CelebA
-    "regularized": dict(  # the PyTorch notebook that adds all that might help
+    # PyTorch's dcgan.py on CelebA
+    "classic": dict(),
+    # the PyTorch notebook that adds all that might help
+    "regularized": dict(
         nz=128, ngf=128, ndf=128, init="normal", flips=True, spectral_norm=True, dropout2d=0.25, update="fresh",
-        real_label=0.9, noise=0.1, optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=4e-4, batch_size=128, epochs=60),
-    "keras": dict(  # the TF and Keras scripts on CelebA
+        real_label=0.9, noise=0.1, optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=4e-4, batch_size=128,
+        epochs=60,
+    ),
+    # the TF and Keras scripts on CelebA
+    "keras": dict(
         family="keras", fit="squash", nz=128, ngf=128, dropout=0.2, init="keras", update="fresh", loss="mean",
-        optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=32, epochs=10),
-    "mnist": dict(  # the TF tutorial
+        optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=32,
+        epochs=10,
+    ),
+    # the TF tutorial on MNIST
+    "mnist": dict(
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
-        update="simultaneous", optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7,
-        batch_size=256, epochs=50, samples=16),
-    "demo": dict(  # ours: small, for the drawn faces
-        image_size=32, nz=64, ngf=48, ndf=32, optimizer="adam", weight_decay=0.0, lr_g=5e-4, lr_d=5e-4, noise=0.1,
-        ema=0.998, batch_size=32, steps=2000, sample_every=200),
+        update="simultaneous", optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=1e-4, beta1=0.9,
+        adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
+    ),
+    # ours: small, for the drawn faces
+    "demo": dict(
+        image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, optimizer="adam", weight_decay=0.0,
+        lr_g=1e-3, lr_d=1e-3, ema=0.998, batch_size=32, steps=2500, sample_every=250,
+    ),
 }  # fmt: skip
 
 
@@ -159,13 +170,11 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-MAY_CHANGE = set(
-    list(FIELDS)[list(FIELDS).index("run") :]
-)  # how long, how often, where; the rest is the experiment
+MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # by --resume: how long, how often, where
 
 
 def config(preset="classic", **overrides):
-    """-> the Config of a preset with some values set otherwise.  Raises UserError for an unknown name or value."""
+    """-> the Config of a preset with some values set otherwise.  Raises UserError for a wrong name or value."""
     for name, value in {"preset": preset, **overrides}.items():
         if name not in FIELDS:
             raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
@@ -173,7 +182,7 @@ def config(preset="classic", **overrides):
         if choices and value not in choices:
             raise UserError(f"{name} cannot be {value!r}; it can be {', '.join(map(str, choices))}")
     c = Config(**{**PRESETS[preset], **overrides, "preset": preset})
-    for name in "nz ngf ndf image_size batch_size samples sample_every report_every keep".split():
+    for name in ("nz", "ngf", "ndf", "batch_size", "samples", "sample_every", "report_every", "keep"):
         if getattr(c, name) < 1:
             raise UserError(f"{name} is {getattr(c, name)}; it must be 1 or more")
     halvings(c)  # raises where the networks cannot have this image_size
@@ -181,18 +190,18 @@ def config(preset="classic", **overrides):
 
 
 def halvings(c):
-    """-> (n, base) with image_size = base * 2^n: what G begins from and D ends at, never below the family's own."""
+    """-> (n, base), image_size = base * 2^n: what G begins from and D ends at, at least the family's own."""
     smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]
     n, base = 0, c.image_size
     while base % 2 == 0 and base >= 2 * smallest:
         n, base = n + 1, base // 2
-    if n == 0 or not smallest <= base < 2 * smallest:
+    if n == 0 or base >= 2 * smallest:
         sizes = sorted(b << k for b in range(smallest, 2 * smallest) for k in range(1, 7) if b << k <= 256)
-        raise UserError(f"image_size {c.image_size} is none of {', '.join(map(str, sizes))}")
+        raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
     return n, base
 
 
-# ------------------------------------------------------------------------------------------------ small tools
+# ---------------------------------------------------------------------------------------- small tools
 
 
 def key(*parts):
@@ -229,7 +238,7 @@ def written_whole(path):
         raise UserError(f"cannot write {path}: {e.strerror}; what stood there before is intact") from None
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------------------------------- data
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000  # a picture that claims more is left out before it is decoded
@@ -249,12 +258,7 @@ def draw_face(seed, size):
     x, y, w, h = r.uniform(0.45, 0.55), r.uniform(0.52, 0.58), r.uniform(0.28, 0.34), r.uniform(0.34, 0.40)
 
     def box(cx, cy, rx, ry):  # around a centre, in units of the head
-        return [
-            (x + (cx - rx) * w) * s,
-            (y + (cy - ry) * h) * s,
-            (x + (cx + rx) * w) * s,
-            (y + (cy + ry) * h) * s,
-        ]
+        return [(x + (cx - rx) * w) * s, (y + (cy - ry) * h) * s, (x + (cx + rx) * w) * s, (y + (cy + ry) * h) * s]
 
     style = r.choice(["short", "long", "long", "round", "round", "bald"])
     if style == "long":
@@ -301,17 +305,20 @@ def read_idx(path):
     return torch.frombuffer(body, dtype=torch.uint8).view(n, 1, h, w)
 
 
+def is_picture(name):
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")
+
+
 def list_pictures(root):
-    """-> sorted [(name, bytes, time)] of the pictures in all of root, and how many other files.  Opens none."""
+    """-> sorted [(name, bytes, time)] of the pictures in all of root, how many other files.  Opens none."""
     found, others, seen = [], 0, set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        hidden = real in seen  # by a link that loops
-        seen.add(real)
-        subfolders[:] = [s for s in subfolders if not hidden and s != "__MACOSX" and s[0] != "."]
-        for name in [] if hidden else files:
-            file = os.path.join(folder, name)
-            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(file):
+        if os.path.realpath(folder) in seen:  # by a link that loops
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for file in (os.path.join(folder, name) for name in files):
+            if is_picture(file) and os.path.isfile(file):
                 info = os.stat(file)
                 found.append((os.path.relpath(file, root), info.st_size, info.st_mtime_ns))
             else:
@@ -337,9 +344,7 @@ def decode(data, nc):
         if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
             x = np.asarray(picture, np.float64)
             high = x.max()
-            top = (
-                65535 if picture.mode != "F" and high > 255 else 255 if high > 1 or picture.mode != "F" else 1
-            )
+            top = 65535 if picture.mode != "F" and high > 255 else 255 if high > 1 or picture.mode != "F" else 1
             picture = Image.fromarray((x * (255 / max(top, high))).clip(0, 255).astype(np.uint8))
         elif picture.has_transparency_data:  # over white, as a page would show it
             picture = picture.convert("RGBA")
@@ -358,7 +363,7 @@ def fit_picture(x, size, how):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """What --data points at: [i] -> (nc, H, W) uint8, or the words why not.  Raises UserError if nothing is there.
+    """What --data points at: [i] -> (nc, H, W) uint8, or the words why not.  Raises UserError if there is nothing.
     `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
 
     def __init__(self, c):
@@ -372,17 +377,13 @@ class Pictures(torch.utils.data.Dataset):
             self.kind, (facts, others) = "folder", list_pictures(self.root)
             self.names = [name for name, _, _ in facts] or self.nothing(others)
         else:
-            raise UserError(
-                f"--data {c.data}: there is no such file or folder; give a folder or .zip of pictures"
-            )
+            raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
         how = (FORMAT, self.kind, c.image_size, c.nc, c.fit, torchvision.__version__, PIL.__version__)
         self.key = f"{key(how, facts):016x}"
 
     def nothing(self, others):
         looked = f"--data {self.root}: looked for {' '.join(sorted(SUFFIXES))} in all of it"
-        raise UserError(
-            f"{looked}, found {others} other files; give the folder or .zip that holds the pictures"
-        )
+        raise UserError(f"{looked}, found {others} other files; give the folder or .zip of the pictures")
 
     @functools.cached_property
     def idx(self):
@@ -393,17 +394,10 @@ class Pictures(torch.utils.data.Dataset):
         if self.kind != "zip":
             return range(DRAWN if self.kind == "drawn" else len(self.idx))
         try:
-            with zipfile.ZipFile(self.root) as archive:
-                inside = archive.infolist()
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
-            raise UserError(
-                f"--data {self.root} is no folder, .zip or idx file ({e}); give one of these"
-            ) from None
-        hidden = re.compile(r"(^|/)(__MACOSX/|\.)")
-        names = [
-            i for i in inside if Path(i.filename).suffix.lower() in SUFFIXES and not hidden.search(i.filename)
-        ]
-        return names or self.nothing(len(inside))
+            inside = zipfile.ZipFile(self.root).infolist()
+        except (zipfile.BadZipFile, NotImplementedError) as e:
+            raise UserError(f"--data {self.root} is no folder, .zip or idx file ({e}); give one") from None
+        return [info for info in inside if is_picture(info.filename)] or self.nothing(len(inside))
 
     def read(self, i):
         if self.kind == "drawn":
@@ -432,23 +426,19 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def sort_out(items):
-    """-> the pictures among what a worker read, (n, nc, H, W) uint8 or None, and the words about the others."""
+    """What a worker read -> its pictures, (n, nc, H, W) uint8 or None, and the words about what is none."""
     good = [x for x in items if torch.is_tensor(x)]
     return torch.stack(good) if good else None, [x for x in items if not torch.is_tensor(x)]
 
 
-def leave_ctrl_c_to_parent(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def decode_all(pictures, c, folder):
-    """Decode in parallel into folder/pictures.u8, (n, nc, H, W) uint8 in the order of names, and index.json."""
+    """Decode in parallel into folder/pictures.u8, (n, nc, H, W) uint8 in the order of names; and index.json."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
-    options = dict(batch_size=64, collate_fn=sort_out, worker_init_fn=leave_ctrl_c_to_parent)
+    loader = torch.utils.data.DataLoader(pictures, 64, num_workers=workers, collate_fn=sort_out)
     left_out, n = [], 0
     with written_whole(folder / "pictures.u8") as file, progress(len(pictures), "decoding", "img") as bar:
-        for good, bad in torch.utils.data.DataLoader(pictures, num_workers=workers, **options):
+        for good, bad in loader:
             left_out += bad
             if len(left_out) > c.max_bad * len(pictures):
                 what = f"more than --max-bad {c.max_bad:.1%} of {len(pictures)} pictures cannot be read"
@@ -458,12 +448,12 @@ def decode_all(pictures, c, folder):
                 n += len(good)
             bar.update(64)
     with written_whole(folder / "index.json") as file:
-        shape = [n, c.nc, c.image_size, c.image_size]
-        file.write(json.dumps({"shape": shape, "left_out": left_out}, indent=1).encode())
+        index = {"shape": [n, c.nc, c.image_size, c.image_size], "left_out": left_out}
+        file.write(json.dumps(index, indent=1).encode())
 
 
 def load_pictures(c):
-    """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if it does not hold these pictures yet."""
+    """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if these pictures are not in it."""
     pictures = Pictures(c)
     folder = Path(c.cache) / pictures.key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -480,10 +470,7 @@ def load_pictures(c):
     where = f"{'decoded into' if new else 'found in'} {folder}, {size / 1e6:.0f} MB"
     say(f"pictures    {index['shape'][0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
-        say(
-            f"            {len(bad)} cannot be read and are left out, named in {folder / 'index.json'}; such as",
-            *bad[:5],
-        )
+        say(f"            {len(bad)} are left out, all named in {folder / 'index.json'}; such as", *bad[:5])
     return torch.from_file(str(folder / "pictures.u8"), size=size, dtype=torch.uint8).view(index["shape"])
 
 
@@ -505,23 +492,21 @@ def batch_indices(n, seed, start, stop):
 
 def download(name, root):
     """Fetch a data set with torchvision into the folder root -> what --data is to be."""
+    root = root or {"mnist": "mnist_dir", "celeba": "celeb_dataset"}[name]
+    by_hand = {"mnist": "put its four idx files there by hand"}
+    by_hand["celeba"] = (
+        "it needs pip install -e '.[download]'; if the quota of its server is spent, run kaggle datasets "
+    )
+    by_hand["celeba"] += "download -d jessicali9530/celeba-dataset, and give the zip to --data as it is"
     try:
-        if name == "mnist":
-            root = root or "mnist_dir"
-            torchvision.datasets.MNIST(root, download=True)
-            return root
-        root = root or "celeb_dataset"
-        torchvision.datasets.CelebA(root, download=True)  # needs gdown: pip install -e '.[download]'
-        return os.path.join(root, "celeba", "img_align_celeba")
-    except Exception as e:  # no network, no gdown, or the server's daily quota is spent
-        by_hand = {"mnist": "put the four idx files there by hand", "celeba": "where the quota is spent, run kaggle "
-                   "datasets download -d jessicali9530/celeba-dataset and give the zip to --data as it is"}  # fmt: skip
-        raise UserError(
-            f"--download {name} into {root}: {' '.join(str(e).split())[:300]}; {by_hand[name]}"
-        ) from None
+        {"mnist": torchvision.datasets.MNIST, "celeba": torchvision.datasets.CelebA}[name](root, download=True)
+    except Exception as e:  # no network, no gdown, or the quota
+        why = " ".join(str(e).split())[:300]
+        raise UserError(f"--download {name} into {root}: {why}; {by_hand[name]}") from None
+    return root
 
 
-# ------------------------------------------------------------------------------------------------ the two ops
+# ---------------------------------------------------------------------------------------- the two ops
 # In plain PyTorch, as the specification of the fused ones: same names, same arguments, same numbers.
 
 
@@ -529,9 +514,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
     """leaky_relu(batch_norm(x), slope) for x (N, C) or (N, C, H, W), in its shape and dtype [4]; slope 0 is ReLU.
     In training each of `groups` equal parts of the batch has statistics of its own, the running ones move in order."""
     parts = x.chunk(groups) if training else [x]
-    y = [
-        F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps) for part in parts
-    ]
+    y = [F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps) for part in parts]
     return F.leaky_relu(torch.cat(y) if len(y) > 1 else y[0], slope, inplace=True)
 
 
@@ -546,9 +529,7 @@ def spectral_norm(weights, us, vs, eps, update):
                 with torch.no_grad():
                     u.copy_(F.normalize(matrix @ v, dim=0, eps=eps))
                     v.copy_(F.normalize(matrix.T @ u, dim=0, eps=eps))
-            sigma = torch.dot(
-                u.clone(), matrix @ v.clone()
-            )  # clones: the next forward may precede this backward
+            sigma = torch.dot(u.clone(), matrix @ v.clone())  # clones: the next forward may precede this backward
             normalized.append(weight / sigma)
     return normalized
 
@@ -576,7 +557,7 @@ def choose_ops(fused, device):
     return ops
 
 
-# ------------------------------------------------------------------------------------------------ the networks
+# ---------------------------------------------------------------------------------------- the networks
 # A network is a list of rows, a family a way to write them: (kind, channels out, kernel, stride, padding, bias,
 # BatchNorm, activation), the activation being LeakyReLU's slope (0: ReLU), "tanh", "sigmoid" or None.
 
@@ -627,9 +608,7 @@ class Block(nn.Module):
         batch_norm = nn.BatchNorm1d if self.kind == "dense" else nn.BatchNorm2d
         self.bn = batch_norm(out, c.bn_eps, c.bn_momentum) if bn else None
         # weights: normal(0, 0.02) [2], or Glorot's as Keras draws them [10]; BatchNorm's too, where init is dcgan
-        nn.init.xavier_uniform_(self.layer.weight) if c.init == "keras" else nn.init.normal_(
-            self.layer.weight, 0, 0.02
-        )
+        nn.init.xavier_uniform_(self.layer.weight) if c.init == "keras" else nn.init.normal_(self.layer.weight, 0, 0.02)
         if bias:
             nn.init.zeros_(self.layer.bias)
         if bn and c.init == "dcgan":
@@ -726,9 +705,7 @@ def summary(net, x):
         if block.kind != "dense":
             what[0] += f" {layer.kernel_size[0]}x{layer.kernel_size[1]}, stride {layer.stride[0]}"
         what += ["BatchNorm"] * (block.bn is not None)
-        what += (
-            [] if act is None else [act] if isinstance(act, str) else [f"LeakyReLU {act}" if act else "ReLU"]
-        )
+        what += [] if act is None else [act] if isinstance(act, str) else [f"LeakyReLU {act}" if act else "ReLU"]
         n = sum(p.numel() for p in block.parameters())
         lines.append(f"  {', '.join(what):<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
 
@@ -742,7 +719,7 @@ def summary(net, x):
     return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
-# ------------------------------------------------------------------------------------------------ the game
+# ---------------------------------------------------------------------------------------- the game
 
 
 def draw_inputs(c, pictures, step, device):
@@ -777,10 +754,7 @@ def apply_gradients(opt, loss, good):
         loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
         torch._foreach_copy_(grads, [mean.view(g.shape) for mean, g in zip(means, grads, strict=True)])
     good = good & torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
-    opt.grad_scale, opt.found_inf = (
-        None,
-        (~good).float(),
-    )  # how GradScaler tells a fused Adam to leave all as it is
+    opt.grad_scale, opt.found_inf = (None, (~good).float())  # how GradScaler tells a fused Adam to leave all as it is
     opt.step()
     opt.zero_grad()
     return good
@@ -802,9 +776,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     bce, good = F.binary_cross_entropy_with_logits, torch.ones((), dtype=torch.bool, device=real.device)
     bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
     precision = functools.partial(torch.autocast, real.device.type, **bf16)
-    buffers = [
-        b for net in (G, D) for b in net.buffers() if b.is_floating_point()
-    ]  # running statistics, u and v
+    buffers = [b for net in (G, D) for b in net.buffers() if b.is_floating_point()]  # running statistics, u and v
     before = [b.clone() for b in buffers]
 
     ##########################################################################
@@ -825,9 +797,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     ##########################################################################
     # (2) Update G: maximise log D(G(z))
     ##########################################################################
-    if (
-        not at_once
-    ):  # against the new D; at once: the logits above serve, with their weights and their dropout
+    if not at_once:  # against the new D; at once: the logits above serve, with their weights and their dropout
         with precision():
             fake = G(z[1]) if fresh else fake
             logits_fake = D(fake + noise[2])
@@ -841,13 +811,11 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
         now.copy_(torch.where(good, now, old))
     if ema is not None:
         average(ema, G, ema_weight * good)
-    numbers = torch.stack(
-        [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]
-    ).detach()
+    numbers = torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
     return torch.cat([torch.where(good, numbers, 0.0), torch.stack([good, ~good]).to(numbers.dtype)])
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------- checkpoints
 
 
 def save(path, **contents):
@@ -867,9 +835,7 @@ def reading(path):
         raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one") from None
     except Exception as e:
         why = f"{type(e).__name__}: {(str(e).splitlines() or ['?'])[0][:200]}"
-        raise UserError(
-            f"{path} is damaged or of another program or version ({why}); see snapshots/"
-        ) from None
+        raise UserError(f"{path} is damaged or of another program or version ({why}); see snapshots/") from None
 
 
 def load(path):
@@ -891,7 +857,7 @@ def load_generator(path, device="cpu", ops=PLAIN):
     return G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------------- pictures
 
 
 def latent(seeds, nz):
@@ -953,16 +919,12 @@ def save_curves(rows, path):
             pen.text((x, bottom + 8), f"{first + i / 4 * (last - first):.0f}", "black", anchor="mt")
         for i, (name, values) in enumerate(lines.items()):
             width = 828 / max(1, len(values) - 1)
-            pen.line(
-                [(50 + k * width, bottom - 200 * min(v / high, 1)) for k, v in enumerate(values)],
-                colors[name],
-                2,
-            )
+            pen.line([(50 + k * width, bottom - 200 * min(v / high, 1)) for k, v in enumerate(values)], colors[name], 2)
             pen.text((60 + 80 * i, bottom - 215), name, colors[name], anchor="lm")
     save_picture(picture, path)
 
 
-# ------------------------------------------------------------------------------------------------ the machine
+# ---------------------------------------------------------------------------------------- the machine
 
 
 def choose_device(name):
@@ -983,9 +945,7 @@ def choose_precision(name, device):
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        probes = (
-            getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile")
-        )
+        probes = (getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile"))
         has = device.type == "cpu" and any(probe() for probe in probes)
     return name if name != "auto" else "bf16" if has else "fp32"
 
@@ -1006,34 +966,32 @@ def tune(c, device):
 
 
 class Stop:
-    """Whether to stop: the exit code after SIGTERM, Ctrl-C (a second leaves at once) or the time limit, else None."""
+    """Whether to stop: the exit code after SIGTERM, Ctrl-C (a second leaves at once) or the time limit."""
 
     def __init__(self, limit):
         if limit and not re.fullmatch(r"\d+(\.\d+)?[smh]", limit):
             raise UserError(f"--time-limit {limit!r} is no time; write 90s, 30m or 2h")
         seconds = float(limit[:-1]) * {"s": 1, "m": 60, "h": 3600}[limit[-1]] if limit else math.inf
         self.end, self.code = time.monotonic() + seconds, -1
-        self.before = {
-            number: signal.signal(number, self.caught) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.handlers = {number: signal.signal(number, self.caught) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def caught(self, number, _):
         self.code = 128 + number
         self.restore()
 
     def restore(self):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def now(self):
-        code = self.code if self.code > 0 else 0 if time.monotonic() > self.end else -1
-        if WORLD > 1:  # all processes stop after the same step
-            dist.all_reduce(codes := torch.tensor(code), dist.ReduceOp.MAX)
-            code = int(codes)
-        return None if code < 0 else code
+        """-> the exit code, or None to go on; the same on all processes, after the same step."""
+        code = torch.tensor(self.code if self.code > 0 else 0 if time.monotonic() > self.end else -1)
+        if WORLD > 1:
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+        return int(code) if code >= 0 else None
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 
 
 def open_run(c, given):
@@ -1041,9 +999,7 @@ def open_run(c, given):
     file = Path(c.run) / "config.json"
     if not c.resume:
         if file.exists():
-            raise UserError(
-                f"{c.run} holds a run already; go on with --resume, or name another folder with --run"
-            )
+            raise UserError(f"{c.run} holds a run already; go on with --resume, or name another folder with --run")
         return c, None
     with reading(file):
         old = config(**json.loads(file.read_text()))
@@ -1058,24 +1014,6 @@ def open_run(c, given):
     return dataclasses.replace(old, **changes), load(checkpoint) if checkpoint.exists() else None
 
 
-def read_log(folder, last):
-    """-> the rows of log.jsonl up to step `last`, without the half line of a run that was killed."""
-    rows, file = [], folder / "log.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row["step"] <= last]
-
-
-def stateful(run):
-    """-> {name: network or optimiser}: all whose state_dict makes a checkpoint."""
-    return {
-        name: getattr(run, name)
-        for name in ("G", "D", "ema", "opt_g", "opt_d")
-        if getattr(run, name) is not None
-    }
-
-
 def set_up(c, given):
     """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
     device = choose_device(c.device)
@@ -1085,9 +1023,7 @@ def set_up(c, given):
     c, saved = open_run(c, given)
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
-        raise UserError(
-            f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple"
-        )
+        raise UserError(f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple")
     tune(c, device)
     ops = choose_ops(c.fused, device)
     say(f"run         {c.run}, preset {c.preset}, {'goes on' if saved else 'begins'}")
@@ -1107,14 +1043,13 @@ def set_up(c, given):
     run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, G=G, D=D, step=0)
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
+    run.stateful = {"G": G, "D": D, "opt_g": run.opt_g, "opt_d": run.opt_d} | ({"ema": run.ema} if c.ema else {})
+    run.sums = torch.zeros(2, 6, device=device)  # of what train_step gave, since the last report and in this epoch
     run.total = c.steps or math.ceil(c.epochs * len(pictures) / c.batch_size)
-    run.sums = torch.zeros(
-        2, 6, device=device
-    )  # of what train_step gave, since the last report and in this epoch
     c.noise_steps = c.noise_steps or run.total
     if saved:
         with reading(run.folder / "checkpoint.pt"):
-            for name, part in stateful(run).items():
+            for name, part in run.stateful.items():
                 part.load_state_dict(saved[name])
             run.step = saved["step"]
             run.sums.copy_(saved["sums"])
@@ -1131,8 +1066,11 @@ def open_folder(run):
             path.unlink()
     for path in [*folder.glob(".*.half"), *folder.glob("*/.*.half")]:
         path.unlink()
-    run.rows = read_log(folder, run.step)
-    with written_whole(folder / "log.jsonl") as file:
+    run.rows, log = [], folder / "log.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):  # the half line of a run that was killed
+            run.rows += [row for row in [json.loads(line)] if row["step"] <= run.step]
+    with written_whole(log) as file:
         file.write("".join(json.dumps(row) + "\n" for row in run.rows).encode())
     with written_whole(folder / "config.json") as file:
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
@@ -1145,25 +1083,15 @@ def report(run, bar, seconds):
     c, (*sums, good, skipped) = run.c, run.sums[0].tolist()
     run.sums[0].zero_()
     if not good:
-        raise UserError(f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the "
-                        f"weights; {run.folder}/checkpoint.pt is good: --resume it with --precision fp32, or begin "
-                        "again with a lower --lr")  # fmt: skip
-    row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures)}
-    row |= {
-        name: round(value / good, 5)
-        for name, value in zip(("loss_d", "loss_g", "d_x", "d_gz"), sums, strict=True)
-    }
-    row |= {"img_s": round(c.report_every * c.batch_size / seconds, 1)} | (
-        {"skipped": int(skipped)} if skipped else {}
-    )
-    shown = {
-        "D": row["loss_d"],
-        "G": row["loss_g"],
-        "D(x)": row["d_x"],
-        "D(G(z))": row["d_gz"],
-        "img/s": row["img_s"],
-    }
-    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        raise UserError(
+            f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the weights; "
+            f"{run.folder}/checkpoint.pt is good: --resume with --precision fp32, or begin again with a lower --lr"
+        )
+    loss_d, loss_g, d_x, d_gz = (round(value / good, 5) for value in sums)
+    img_s = round(c.report_every * c.batch_size / seconds, 1)
+    row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), "loss_d": loss_d}
+    row |= {"loss_g": loss_g, "d_x": d_x, "d_gz": d_gz, "img_s": img_s} | ({"skipped": int(skipped)} if skipped else {})
+    bar.set_postfix_str(f"D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s", False)
     if RANK == 0:
         run.rows.append(row)
         with open(run.folder / "log.jsonl", "a") as log:
@@ -1173,9 +1101,7 @@ def report(run, bar, seconds):
 def warn(run, x):
     """Say, while it happens, what the numbers and the fixed pictures x tell of a game that has gone wrong."""
     last, spread = run.rows[-20:], x.float().std(0).mean().item() / run.spread
-    ranges = [
-        max(row[name] for row in last) - min(row[name] for row in last) for name in ("loss_d", "loss_g")
-    ]
+    ranges = [max(row[name] for row in last) - min(row[name] for row in last) for name in ("loss_d", "loss_g")]
     if spread < 0.1:
         say(f"step {run.step}: G has collapsed: its pictures differ {spread:.0%} as much as real ones. Go back to a "
             "snapshot; try --lr-d above --lr-g, --spectral-norm or a larger --batch-size")  # fmt: skip
@@ -1196,29 +1122,28 @@ def sample(run):
             warn(run, x)
 
 
-def save_run(run, name="checkpoint.pt"):
-    """checkpoint.pt: all that the next step depends on, and generator.pt beside it.  Another name: what drawing needs."""
-    common = {"step": run.step, "config": dataclasses.asdict(run.c)}
-    if name == "checkpoint.pt":
-        with open(run.folder / "log.jsonl", "ab") as log:
-            os.fsync(log.fileno())  # no line older than the checkpoint may be lost
-        state = {part: value.state_dict() for part, value in stateful(run).items()}
-        save(run.folder / name, **common, sums=run.sums, **state)
-        name = "generator.pt"
-    save(run.folder / name, **common, G=(run.ema or run.G).state_dict())
+def save_run(run):
+    """checkpoint.pt: all that the next step depends on.  generator.pt: what drawing needs."""
+    with open(run.folder / "log.jsonl", "ab") as log:
+        os.fsync(log.fileno())  # no line older than the checkpoint may be lost
+    state = {name: part.state_dict() for name, part in run.stateful.items()}
+    save(run.folder / "checkpoint.pt", step=run.step, config=dataclasses.asdict(run.c), sums=run.sums, **state)
+    save_generator(run, run.folder / "generator.pt")
+
+
+def save_generator(run, path):
+    save(path, step=run.step, config=dataclasses.asdict(run.c), G=(run.ema or run.G).state_dict())
 
 
 def end_epoch(run, epoch):
     """The line of means; a snapshot of G, so that no collapse takes the last good one; the growing GIF."""
-    (loss_d, loss_g, _, _, good, _), epochs = (
-        run.sums[1].tolist(),
-        run.total * run.c.batch_size / len(run.pictures),
-    )
+    loss_d, loss_g, _, _, good, _ = run.sums[1].tolist()
+    epochs = run.total * run.c.batch_size / len(run.pictures)
     run.sums[1].zero_()
     means = f"D Loss: {loss_d / max(1, good):.4f} | G Loss: {loss_g / max(1, good):.4f}"
     say(f"Epoch [{epoch}/{math.ceil(epochs)}] | {means}")
     if RANK == 0:
-        save_run(run, f"snapshots/generator_{run.step:06d}.pt")
+        save_generator(run, run.folder / f"snapshots/generator_{run.step:06d}.pt")
         for old in sorted(run.folder.glob("snapshots/generator_*.pt"))[: -run.c.keep]:
             old.unlink()
         save_growth(run.folder)
@@ -1236,9 +1161,7 @@ def train(c, given=frozenset()):
     with progress(run.total, "training", "step", run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
-            decay = min(
-                c.ema, (1 + run.step) / (10 + run.step)
-            )  # shorter at first, or the start would linger
+            decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the start would linger
             run.sums += train_step(c, run.G, run.D, run.ema, run.opt_g, run.opt_d, *inputs, 1 - decay)
             run.step += 1
             bar.update()
@@ -1266,15 +1189,13 @@ def train(c, given=frozenset()):
     return code or 0
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------- command line
 
 
 def read_arguments(command, argv, seeds, out):
     """-> G, the seeds and where to write, for the commands that draw."""
     p = argparse.ArgumentParser(f"dcgan.py {command}", allow_abbrev=False)
-    p.add_argument(
-        "source", type=Path, help="the folder of a run, or its checkpoint.pt, generator.pt or a snapshot"
-    )
+    p.add_argument("source", type=Path, help="the folder of a run, or its checkpoint.pt, generator.pt or a snapshot")
     p.add_argument("--seeds", default=seeds, help=f"such as 3,7,12 or 0-63 ({seeds})")
     p.add_argument("--out", type=Path, help=out)
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1")
@@ -1323,9 +1244,7 @@ def info(argv):
     argparse.ArgumentParser("dcgan.py info").parse_args(argv)
     device = choose_device("auto")
     say(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    say(
-        f"device {device}, --precision auto is {choose_precision('auto', device)}, {torch.get_num_threads()} threads"
-    )
+    say(f"device {device}, --precision auto is {choose_precision('auto', device)}, {torch.get_num_threads()} threads")
     try:
         say(*fused_ops().status())
     except UserError as e:
@@ -1340,6 +1259,7 @@ def read_options(argv):
                                 description="Train a DCGAN. Other commands: generate, interpolate, info.",
                                 argument_default=argparse.SUPPRESS)  # fmt: skip
     p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
+    group = p
     for f in FIELDS.values():
         m, names = f.metadata, ["--" + f.name.replace("_", "-"), *f.metadata["alias"]]
         group = p.add_argument_group(m["group"]) if m["group"] else group
@@ -1348,9 +1268,7 @@ def read_options(argv):
         else:
             metavar = "|".join(str(choice) for choice in m["choices"] or [f.type.__name__.upper()])
             text = m["help"] + (f" ({f.default})" if f.default not in ("", -1) else "")
-            group.add_argument(
-                *names, dest=f.name, type=f.type, choices=m["choices"], help=text, metavar=metavar
-            )
+            group.add_argument(*names, dest=f.name, type=f.type, choices=m["choices"], help=text, metavar=metavar)
     given = vars(p.parse_args(argv))
     lr = given.pop("lr", None)
     return given if lr is None else {"lr_g": lr, "lr_d": lr, **given}
