@@ -1,0 +1,202 @@
+// Spectral normalisation of all layers in one call on the CPU, forward and backward.
+//
+//   forward    t = W v,  u = t / max(|t|, eps),  s = W'u,  v = s / max(|s|, eps)     one power iteration
+//              sigma = u'W v = |s|^2 / max(|s|, eps): known already, so no third product
+//              update = false keeps u and v: sigma = u'(W v)
+//              weights_sn = W / sigma
+//   backward   u and v are constants, so d sigma / dW = u v' and
+//              dW = G / sigma - (<G, W> / sigma^2) u v',  with the u, v and sigma of its own forward
+//   layout     W is a (rows, cols) matrix. Under channels_last its columns lie in another order than v, which
+//              stays logical: v is permuted into memory order and back, W and G are read where they are.
+//   precision  products in the weights' dtype over 32 partial sums, joined in fp64; norms, sigma and <G, W>
+//              in fp64; W / sigma divided and rounded once. The order of additions depends on shapes only.
+//   bytes      per weight: forward reads W once for the iteration (a row gives t_i and its share of W't while
+//              it is in cache), once to scale it, and writes once: 12 in fp32; backward 20.
+//   sources    Miyato et al. 2018 (arXiv 1802.05957); torch.nn.utils.parametrizations.spectral_norm
+#include <algorithm>
+#include <cmath>
+
+#include "checks.h"
+#include "vectors.h"
+
+namespace dcgan {
+namespace {
+constexpr int64_t Rows = 64;     // of a block of the iteration, each with its own partial W't
+constexpr int64_t Chunk = 4096;  // values at a time of the passes over all of W
+
+// ------------------------------------------------------------------------------------------ inner loops
+template <typename A>
+DCGAN_CLONES double dot(const A* __restrict a, const A* __restrict b, int64_t n) {
+  constexpr int Lanes = 32;
+  A lane[Lanes] = {};
+  int64_t j = 0;
+  for (; j + Lanes <= n; j += Lanes)
+    for (int l = 0; l < Lanes; ++l) lane[l] += a[j + l] * b[j + l];
+  double total = 0;
+  for (; j < n; ++j) total += double(a[j]) * double(b[j]);
+  for (int l = 0; l < Lanes; ++l) total += double(lane[l]);
+  return total;
+}
+template <typename A>
+DCGAN_CLONES void add_scaled(const A* __restrict x, A factor, A* __restrict y, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] += factor * x[j];
+}
+template <typename A>
+DCGAN_CLONES void divide(const A* __restrict x, A divisor, A* __restrict y, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] = x[j] / divisor;
+}
+template <typename A>  // y = g / sigma - v * factor
+DCGAN_CLONES void rank_one(const A* __restrict g, A sigma, const A* __restrict v, A factor, A* __restrict y,
+                           int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] = g[j] / sigma - v[j] * factor;
+}
+
+template <typename A>
+double squares(const std::vector<A>& x) {
+  double total = 0;
+  for (A value : x) total += double(value) * double(value);
+  return total;
+}
+// Where column (input, tap) of the logical order lies in memory
+inline int64_t place(const SnSizes& s, int64_t input, int64_t tap) {
+  return s.channels_last ? tap * (s.cols / s.taps) + input : input * s.taps + tap;
+}
+template <typename A>
+void to_memory_order(const SnSizes& s, const A* v, A* out) {
+  for (int64_t i = 0; i < s.cols; ++i) out[place(s, i / s.taps, i % s.taps)] = v[i];
+}
+template <typename A>
+void to_logical_order(const SnSizes& s, const A* v, A* out) {
+  for (int64_t i = 0; i < s.cols; ++i) out[i] = v[place(s, i / s.taps, i % s.taps)];
+}
+// f(first, n) for chunks of 0 .. total, on all threads
+template <typename F>
+void in_chunks(int64_t total, const F& f) {
+  torch::stable::parallel_for(0, (total + Chunk - 1) / Chunk, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) f(k * Chunk, std::min(Chunk, total - k * Chunk));
+  });
+}
+
+// One layer's iteration: returns sigma; writes u (rows) and v (cols, in memory order) when `update`.
+template <typename A>
+double iterate(const A* w, const SnSizes& s, A* u, A* v, double eps, bool update) {
+  const int64_t blocks = (s.rows + Rows - 1) / Rows;
+  std::vector<A> t(s.rows), partial(update ? blocks * s.cols : 0);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * Rows; i < std::min(end * Rows, s.rows); ++i) {
+      t[i] = A(dot(w + i * s.cols, v, s.cols));
+      if (update) add_scaled(w + i * s.cols, t[i], &partial[i / Rows * s.cols], s.cols);
+    }
+  });
+  if (!update) return dot(u, t.data(), s.rows);
+  std::vector<A> product(partial.begin(), partial.begin() + s.cols);  // W't
+  for (int64_t b = 1; b < blocks; ++b) add_scaled(&partial[b * s.cols], A(1), product.data(), s.cols);
+  const double norm_t = std::max(std::sqrt(squares(t)), eps);
+  divide(t.data(), A(norm_t), u, s.rows);
+  const double norm_s = std::sqrt(squares(product)) / norm_t, divisor = std::max(norm_s, eps);
+  divide(product.data(), A(divisor * norm_t), v, s.cols);
+  return norm_s * norm_s / divisor;
+}
+
+template <typename A, typename Out>
+void scale(const A* w, A sigma, Out* out, int64_t total) {
+  in_chunks(total, [&](int64_t at, int64_t n) {
+    A buffer[Chunk];
+    divide(w + at, sigma, write_lines(out + at, n, n, buffer).at, n);
+    round_lines(out + at, n, 1, n, buffer);
+  });
+}
+
+template <typename A, typename In>
+void backward(const In* grad, const A* w, const A* u, const A* v, A sigma, const SnSizes& s, A* dw) {
+  const int64_t total = s.rows * s.cols, chunks = (total + Chunk - 1) / Chunk;
+  std::vector<double> partial(chunks);
+  in_chunks(total, [&](int64_t at, int64_t n) {
+    A buffer[Chunk];
+    partial[at / Chunk] = dot(read_lines(grad + at, n, 1, n, buffer).at, w + at, n);
+  });
+  double inner = 0;
+  for (double p : partial) inner += p;
+  const double factor = inner / (double(sigma) * double(sigma));
+  const int64_t grain = std::max<int64_t>(1, 32768 / s.cols);
+  torch::stable::parallel_for(0, s.rows, grain, [&](int64_t begin, int64_t end) {
+    A buffer[Chunk];
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < s.cols; j += Chunk) {
+        const int64_t n = std::min(Chunk, s.cols - j), at = i * s.cols + j;
+        rank_one(read_lines(grad + at, n, 1, n, buffer).at, sigma, v + j, A(factor * u[i]), dw + at, n);
+      }
+    }
+  });
+}
+// f(T{}) for the storage type T of outputs and gradients
+template <typename F>
+void dispatch(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return f(bf16{});
+    case ScalarType::Half: return f(fp16{});
+    default: return f(float{});
+  }
+}
+}  // namespace
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> spectral_norm_cpu(
+    std::vector<Tensor> weights, std::vector<Tensor> us, std::vector<Tensor> vs, double eps, bool update,
+    std::optional<ScalarType> out_dtype) {
+  check_spectral_norm(weights, us, vs);
+  const ScalarType dtype = weights[0].scalar_type(), out = sn_out_dtype(weights, out_dtype);
+  std::vector<Tensor> scaled, new_us, new_vs;
+  Tensor sigmas = new_like(weights[0], {int64_t(weights.size())}, dtype);
+  auto layer = [&](size_t i, auto accumulator, auto storage) {
+    using A = decltype(accumulator);
+    using Out = decltype(storage);
+    const Tensor w = dense(weights[i]);
+    const SnSizes s = sn_sizes(w);
+    Tensor y = torch::stable::to(torch::stable::empty_like(w), out);
+    Tensor u = torch::stable::clone(as(us[i], dtype)), v = torch::stable::clone(as(vs[i], dtype));
+    const A* w_data = w.const_data_ptr<A>();
+    std::vector<A> v_data(s.cols);
+    to_memory_order(s, v.const_data_ptr<A>(), v_data.data());
+    A sigma = A(iterate(w_data, s, u.mutable_data_ptr<A>(), v_data.data(), eps, update));
+    to_logical_order(s, v_data.data(), v.mutable_data_ptr<A>());
+    scale(w_data, sigma, static_cast<Out*>(y.mutable_data_ptr()), s.rows * s.cols);
+    sigmas.mutable_data_ptr<A>()[i] = sigma;
+    scaled.push_back(y), new_us.push_back(u), new_vs.push_back(v);
+  };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (dtype == ScalarType::Double) layer(i, double{}, double{});
+    else dispatch(out, [&](auto storage) { layer(i, float{}, storage); });
+  }
+  return {scaled, new_us, new_vs, sigmas};
+}
+
+std::vector<Tensor> spectral_norm_backward_cpu(std::vector<Tensor> grads, std::vector<Tensor> weights,
+                                               std::vector<Tensor> us, std::vector<Tensor> vs,
+                                               const Tensor& sigmas) {
+  check_spectral_norm_backward(grads, weights, us, vs, sigmas);
+  const ScalarType dtype = weights[0].scalar_type();
+  std::vector<Tensor> results;
+  auto layer = [&](size_t i, auto accumulator, auto storage) {
+    using A = decltype(accumulator);
+    using In = decltype(storage);
+    const Tensor w = dense(weights[i]), grad = in_layout_of(grads[i], w);
+    const SnSizes s = sn_sizes(w);
+    Tensor dw = torch::stable::empty_like(w), u = as(us[i], dtype), v = as(vs[i], dtype);
+    std::vector<A> v_data(s.cols);
+    to_memory_order(s, v.const_data_ptr<A>(), v_data.data());
+    backward(static_cast<const In*>(grad.const_data_ptr()), w.const_data_ptr<A>(), u.const_data_ptr<A>(),
+             v_data.data(), sigmas.const_data_ptr<A>()[i], s, dw.mutable_data_ptr<A>());
+    results.push_back(dw);
+  };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (dtype == ScalarType::Double) layer(i, double{}, double{});
+    else dispatch(grads[i].scalar_type(), [&](auto storage) { layer(i, float{}, storage); });
+  }
+  return results;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcgan, CPU, m) {
+  m.impl("spectral_norm", TORCH_BOX(&spectral_norm_cpu));
+  m.impl("spectral_norm_backward", TORCH_BOX(&spectral_norm_backward_cpu));
+}
+}  // namespace dcgan
