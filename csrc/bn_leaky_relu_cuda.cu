@@ -13,8 +13,9 @@
 //            In the second every block merges the partials of its own channels, all in the same order, then
 //            goes over its slab; slab 0 of group 0 also writes the running statistics, dweight and dbias.
 // bytes      per element, read and written: forward 12 in fp32, 6 in bf16; backward 20 and 10
-// precision  fp32 (fp64 for double), rounded once at the end; variance from batches of rows about their own
-//            mean, merged pairwise: no E[x^2] - E[x]^2 anywhere, an outlier or a large mean does no harm
+// precision  fp32 (fp64 for double), rounded once at the end. Moments are those of x - x0, where x0 is a typical
+//            value of the channel, of batches of rows about their own mean, merged pairwise: there is no
+//            E[x^2] - E[x]^2, and neither a large mean nor an outlier does harm
 // sources    Ioffe and Szegedy 2015 (BatchNorm and its gradient); Chan, Golub, LeVeque 1983 (merging);
 //            Rota Bulo et al. 2018 (InPlace-ABN: fuse with the activation)
 #include "cuda_common.cuh"
@@ -29,7 +30,12 @@ struct Split {
   int64_t channels, inner;           // inner: H * W in NCHW, 1 in channels_last
   int64_t group_size, count;         // values of a group; of one channel in it
   int64_t rows, slab_rows;           // rows of a group; of a slab (the last may have fewer)
+  int64_t samples[3];                // offsets of the first, middle and last value of a group's channel 0
   int tiles, slabs, groups;          // tiles * slabs * groups blocks
+
+  __device__ int64_t place(int64_t group, int64_t slab, int64_t channel) const {  // of a partial result
+    return (group * slabs + slab) * channels + channel;
+  }
 };
 
 // The rows of one thread. `each` hands them out kBatch at a time, so that their loads are in flight together.
@@ -48,7 +54,7 @@ struct Thread {
     group = blockIdx.x / s.tiles / s.slabs;
     int64_t row = slab * s.slab_rows + threadIdx.x / kAcross;
     int64_t end = min((slab + 1) * s.slab_rows, s.rows);
-    channel = kLast ? int64_t(tile) * kTile + threadIdx.x % kAcross * V : tile;
+    channel = kLast ? int64_t(tile) * kTile + place_in_tile(0) : tile;
     left = channel < s.channels && row < end ? (end - row + kDown - 1) / kDown : 0;
     columns = s.inner / V;
     column = kLast ? 0 : row % columns;
@@ -60,10 +66,12 @@ struct Thread {
     step = kLast ? kDown * s.channels : kDown / columns * picture + column_step * V;
     wrap = picture - s.inner;
   }
-  __device__ int64_t tile_channel() const { return kLast ? int64_t(tile) * kTile + lane : tile; }
-  __device__ bool merges(const Split& s) const {  // this thread has the merged result of tile_channel()
-    return warp == 0 && lane < (kLast ? kTile : 1) && tile_channel() < s.channels;
+  // Lane l of warp 0 has the merged results and the parameters of channel l of the tile.
+  __device__ int64_t led_channel() const { return kLast ? int64_t(tile) * kTile + lane : tile; }
+  __device__ bool leads(const Split& s) const {
+    return warp == 0 && lane < (kLast ? kTile : 1) && led_channel() < s.channels;
   }
+  __device__ int place_in_tile(int e) const { return kLast ? threadIdx.x % kAcross * V + e : 0; }
   __device__ void next() {
     offset += step;
     if (kLast) return;
@@ -74,7 +82,7 @@ struct Thread {
     }
   }
   template <int kBatch, typename F>
-  __device__ void each(F f) {  // f(offsets, how many of them are valid)
+  __device__ void each(const F& f) {  // f(offsets, how many of them are valid)
     for (; left > 0; left -= kBatch) {
       int64_t at[kBatch];
 #pragma unroll
@@ -84,6 +92,12 @@ struct Thread {
   }
 };
 
+template <int V, typename T, int kBatch>
+__device__ void load_batch(const T* from, const int64_t (&at)[kBatch], int valid, Vector<T, V> (&rows)[kBatch]) {
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i)
+    if (i < valid) rows[i] = load<V>(from + at[i]);
+}
 // Merges the V results of every thread of a block into one per channel of its tile, as merge_warps does.
 template <int V, bool kLast, typename P>
 __device__ P merge_block(P (&mine)[V]) {
@@ -107,29 +121,48 @@ __device__ P merge_slabs(const P* partial, const Split& s, int tile, int group) 
   P mine{};
   if (threadIdx.x % kLanes < kChannels && channel < s.channels)
     for (int slab = threadIdx.x / kLanes; slab < s.slabs; slab += kWarps)
-      merge(mine, partial[(int64_t(group) * s.slabs + slab) * s.channels + channel]);
+      merge(mine, partial[s.place(group, slab, channel)]);
   return merge_warps(mine, slots);
 }
 
 // ---------------------------------------------------------------------------------------------- forward
-// The parameters and the running statistics of a forward pass, as kernels see them.
+// What the kernels of a pass get beside x; Affine is what they need of it for one channel.
 template <typename T>
 struct Forward {
   Param<T> weight, bias, running_mean, running_var, new_running_mean, new_running_var;
   wide_t<T>*mean, *invstd, momentum, eps, slope;
   bool training;
 };
+template <typename A>
+struct Affine {
+  A mean, scale, bias;
+  __device__ A operator()(A distance) const { return fma(distance, scale, bias); }  // z, in both directions
+};
 
-// K rows at once: their own mean and squares first, then one merge. The counts of all channels are equal.
+// A value near those of each of V channels: the median of three, so that it is no single outlier.
+template <int V, typename T>
+__device__ Vector<wide_t<T>, V> typical(const Split& s, const T* x, int64_t group, int64_t channel) {
+  const T* from = x + group * s.group_size + channel * s.inner;
+  const auto first = load<V>(from + s.samples[0]), middle = load<V>(from + s.samples[1]);
+  const auto last = load<V>(from + s.samples[2]);
+  Vector<wide_t<T>, V> median;
+  for (int e = 0; e < V; ++e) {
+    const wide_t<T> a = first.at[e], b = middle.at[e], c = last.at[e];
+    median.at[e] = max(min(a, b), min(max(a, b), c));
+  }
+  return median;
+}
+// Adds K rows of x - x0: first their own mean and squares, then one merge. All V counts are equal.
 template <int K, typename T, int V, typename A>
-__device__ void add_rows(Moments<A> (&mine)[V], const Vector<T, V>* rows) {
+__device__ void add_rows(Moments<A> (&mine)[V], const Vector<T, V>* rows, const Vector<A, V>& x0) {
   const A count = mine[0].count + K, weight = K / count, before = mine[0].count * weight;
 #pragma unroll
   for (int e = 0; e < V; ++e) {
-    A mean = 0, m2 = 0;
-    for (int i = 0; i < K; ++i) mean += A(rows[i].at[e]) * A(1. / K);
-    for (int i = 0; i < K; ++i) m2 += (A(rows[i].at[e]) - mean) * (A(rows[i].at[e]) - mean);
-    A distance = mean - mine[e].mean;
+    A x[K], mean = 0, m2 = 0;
+    for (int i = 0; i < K; ++i) x[i] = A(rows[i].at[e]) - x0.at[e];
+    for (int i = 0; i < K; ++i) mean += x[i] * A(1. / K);
+    for (int i = 0; i < K; ++i) m2 += (x[i] - mean) * (x[i] - mean);
+    const A distance = mean - mine[e].mean;
     mine[e] = {count, mine[e].mean + distance * weight, mine[e].m2 + m2 + distance * (distance * before)};
   }
 }
@@ -138,18 +171,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     bn_moments(Split s, const T* __restrict__ x, Moments<wide_t<T>>* __restrict__ partial) {
   Thread<V, kLast> me(s);
   Moments<wide_t<T>> mine[V] = {};
+  Vector<wide_t<T>, V> x0{};
+  if (me.left > 0) {
+    const auto own = typical<kLast ? V : 1>(s, x, me.group, me.channel);
+    for (int e = 0; e < V; ++e) x0.at[e] = own.at[kLast ? e : 0];
+  }
   me.template each<4>([&](const int64_t(&at)[4], int valid) {
     Vector<T, V> rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < valid) rows[i] = load<V>(x + at[i]);
-    if (valid == 4) return add_rows<4>(mine, rows);
+    load_batch(x, at, valid, rows);
+    if (valid == 4) return add_rows<4>(mine, rows, x0);
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-      if (i < valid) add_rows<1>(mine, rows + i);
+      if (i < valid) add_rows<1>(mine, rows + i, x0);
   });
-  auto merged = merge_block<V, kLast>(mine);
-  if (me.merges(s)) partial[(int64_t(me.group) * s.slabs + me.slab) * s.channels + me.tile_channel()] = merged;
+  const auto merged = merge_block<V, kLast>(mine);
+  if (me.leads(s)) partial[s.place(me.group, me.slab, me.led_channel())] = merged;
 }
 
 template <typename T, int V, bool kLast>
@@ -157,51 +193,45 @@ __global__ void __launch_bounds__(kThreads, 1)
     bn_activate(Split s, const T* __restrict__ x, const Moments<wide_t<T>>* __restrict__ partial, Forward<T> p,
                 T* __restrict__ y) {
   using A = wide_t<T>;
+  __shared__ Affine<A> tile[kTile];
   Thread<V, kLast> me(s);
-  __shared__ A means[kTile], scales[kTile], biases[kTile];
-  const int64_t c = me.tile_channel();
-  const bool merges = me.merges(s), first = me.slab == 0 && me.group == 0;
-  A running_mean = merges ? p.running_mean.get(c, 0) : 0, running_var = merges ? p.running_var.get(c, 0) : 0;
+  const int64_t c = me.led_channel();
+  const bool leads = me.leads(s), first = me.slab == 0 && me.group == 0;
+  A running_mean = leads ? p.running_mean.get(c, 0) : 0, running_var = leads ? p.running_var.get(c, 0) : 0;
 
   // the first block of a tile goes over all groups, for the running statistics; the others merge their own
   for (int group = first ? 0 : me.group; group < (first ? s.groups : me.group + 1); ++group) {
     A mean = running_mean, var = running_var;
     if (p.training) {
-      auto moments = merge_slabs<kLast>(partial, s, me.tile, group);
-      mean = moments.mean, var = moments.m2 / s.count;
+      const auto moments = merge_slabs<kLast>(partial, s, me.tile, group);
+      mean = moments.mean + (leads ? typical<1>(s, x, group, c).at[0] : 0), var = moments.m2 / s.count;
       running_mean += p.momentum * (mean - running_mean);
       running_var += p.momentum * (moments.m2 / (s.count - 1) - running_var);
     }
-    if (!merges || group != me.group) continue;
+    if (!leads || group != me.group) continue;
     const A invstd = 1 / sqrt(var + p.eps);
-    means[me.lane] = mean;
-    scales[me.lane] = p.weight.get(c, 1) * invstd;
-    biases[me.lane] = p.bias.get(c, 0);
+    tile[me.lane] = {mean, p.weight.get(c, 1) * invstd, p.bias.get(c, 0)};
     if (me.slab == 0) p.mean[group * s.channels + c] = mean, p.invstd[group * s.channels + c] = invstd;
   }
-  if (merges && first && p.new_running_mean.data) {
+  if (leads && first && p.new_running_mean.data) {
     p.new_running_mean.set(c, running_mean);
     p.new_running_var.set(c, running_var);
   }
   __syncthreads();
 
-  A mean[V], scale[V], bias[V];
-  for (int e = 0; e < V; ++e) {
-    const int i = kLast ? threadIdx.x % me.kAcross * V + e : 0;
-    mean[e] = means[i], scale[e] = scales[i], bias[e] = biases[i];
-  }
+  Affine<A> z[V];
+  for (int e = 0; e < V; ++e) z[e] = tile[me.place_in_tile(e)];
   me.template each<4>([&](const int64_t(&at)[4], int valid) {
     Vector<T, V> rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < valid) rows[i] = load<V>(x + at[i]);
+    load_batch(x, at, valid, rows);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      if (i >= valid) break;
       for (int e = 0; e < V; ++e) {
-        const A z = fma(A(rows[i].at[e]) - mean[e], scale[e], bias[e]);
-        rows[i].at[e] = T(z > 0 ? z : z * p.slope);
+        const A ze = z[e](A(rows[i].at[e]) - z[e].mean);
+        rows[i].at[e] = T(ze > 0 ? ze : ze * p.slope);
       }
-      if (i < valid) store(y + at[i], rows[i]);
+      store(y + at[i], rows[i]);
     }
   });
 }
@@ -213,6 +243,11 @@ struct Backward {
   const wide_t<T>*mean, *invstd;
   wide_t<T>*dweight, *dbias, slope;
   bool training;
+
+  __device__ Affine<wide_t<T>> affine(const Split& s, int64_t group, int64_t c) const {
+    const int64_t at = group * s.channels + c;
+    return {mean[at], weight.get(c, 1) * invstd[at], bias.get(c, 0)};
+  }
 };
 
 template <typename T, int V, bool kLast>
@@ -220,29 +255,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     bn_gradient_sums(Split s, const T* __restrict__ dy, const T* __restrict__ x, Backward<T> p,
                      Sums<wide_t<T>>* __restrict__ partial) {
   using A = wide_t<T>;
+  __shared__ Affine<A> tile[kTile];
   Thread<V, kLast> me(s);
-  A mean[V], scale[V], bias[V];
-  for (int e = 0; e < V; ++e) {
-    const int64_t c = me.channel + (kLast ? e : 0), at = me.group * s.channels + c;
-    if (me.left == 0) break;  // perhaps no channel
-    mean[e] = p.mean[at], scale[e] = p.weight.get(c, 1) * p.invstd[at], bias[e] = p.bias.get(c, 0);
-  }
+  if (me.leads(s)) tile[me.lane] = p.affine(s, me.group, me.led_channel());
+  __syncthreads();
+
+  Affine<A> z[V];
   Sums<A> mine[V] = {};
+  for (int e = 0; e < V; ++e) z[e] = tile[me.place_in_tile(e)];
   me.template each<2>([&](const int64_t(&at)[2], int valid) {
     Vector<T, V> xs[2], dys[2];
+    load_batch(x, at, valid, xs);
+    load_batch(dy, at, valid, dys);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (i < valid) xs[i] = load<V>(x + at[i]), dys[i] = load<V>(dy + at[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      for (int e = 0; i < valid && e < V; ++e) {
-        const A distance = A(xs[i].at[e]) - mean[e], g = A(dys[i].at[e]);
-        const A dz = fma(distance, scale[e], bias[e]) > 0 ? g : g * p.slope;
-        mine[e].dz += dz, mine[e].dz_x += dz * distance;
+    for (int i = 0; i < 2; ++i) {
+      if (i >= valid) break;
+      for (int e = 0; e < V; ++e) {
+        const A distance = A(xs[i].at[e]) - z[e].mean, g = A(dys[i].at[e]);
+        const A dz = z[e](distance) > 0 ? g : g * p.slope;
+        mine[e].dz += dz;
+        mine[e].dz_x += dz * distance;
       }
+    }
   });
-  auto merged = merge_block<V, kLast>(mine);
-  if (me.merges(s)) partial[(int64_t(me.group) * s.slabs + me.slab) * s.channels + me.tile_channel()] = merged;
+  const auto merged = merge_block<V, kLast>(mine);
+  if (me.leads(s)) partial[s.place(me.group, me.slab, me.led_channel())] = merged;
 }
 
 template <typename T, int V, bool kLast>
@@ -250,44 +287,47 @@ __global__ void __launch_bounds__(kThreads, 1)
     bn_gradient(Split s, const T* __restrict__ dy, const T* __restrict__ x, Backward<T> p,
                 const Sums<wide_t<T>>* __restrict__ partial, T* __restrict__ dx) {
   using A = wide_t<T>;
+  struct Terms {  // dx = z.scale * dz - constant - slant * (x - mean)
+    Affine<A> z;
+    A constant, slant;
+  };
+  __shared__ Terms tile[kTile];
   Thread<V, kLast> me(s);
-  __shared__ A means[kTile], scales[kTile], biases[kTile], shifts[kTile], slants[kTile];
-  const int64_t c = me.tile_channel();
-  const bool merges = me.merges(s), first = me.slab == 0 && me.group == 0;
+  const int64_t c = me.led_channel();
+  const bool leads = me.leads(s), first = me.slab == 0 && me.group == 0;
   A dweight = 0, dbias = 0;
 
   for (int group = first ? 0 : me.group; group < (first ? s.groups : me.group + 1); ++group) {
     const auto sums = merge_slabs<kLast>(partial, s, me.tile, group);
-    if (!merges) continue;
-    const int64_t at = group * s.channels + c;
-    const A invstd = p.invstd[at], scale = p.weight.get(c, 1) * invstd;
-    dweight += invstd * sums.dz_x, dbias += sums.dz;
+    if (!leads) continue;
+    const A invstd = p.invstd[group * s.channels + c];
+    dweight += invstd * sums.dz_x;
+    dbias += sums.dz;
     if (group != me.group) continue;
-    means[me.lane] = p.mean[at], scales[me.lane] = scale, biases[me.lane] = p.bias.get(c, 0);
-    shifts[me.lane] = p.training ? scale * (sums.dz / s.count) : 0;
-    slants[me.lane] = p.training ? scale * (invstd * (invstd * sums.dz_x / s.count)) : 0;
+    const auto z = p.affine(s, group, c);
+    tile[me.lane] = {z, 0, 0};
+    if (!p.training) continue;  // mean and var are no functions of x
+    tile[me.lane].constant = z.scale * (sums.dz / s.count);
+    tile[me.lane].slant = z.scale * (invstd * (invstd * sums.dz_x / s.count));
   }
-  if (merges && first) p.dweight[c] = dweight, p.dbias[c] = dbias;
+  if (leads && first) p.dweight[c] = dweight, p.dbias[c] = dbias;
   __syncthreads();
 
-  A mean[V], scale[V], bias[V], shift[V], slant[V];
-  for (int e = 0; e < V; ++e) {
-    const int i = kLast ? threadIdx.x % me.kAcross * V + e : 0;
-    mean[e] = means[i], scale[e] = scales[i], bias[e] = biases[i], shift[e] = shifts[i], slant[e] = slants[i];
-  }
+  Terms t[V];
+  for (int e = 0; e < V; ++e) t[e] = tile[me.place_in_tile(e)];
   me.template each<2>([&](const int64_t(&at)[2], int valid) {
     Vector<T, V> xs[2], dys[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (i < valid) xs[i] = load<V>(x + at[i]), dys[i] = load<V>(dy + at[i]);
+    load_batch(x, at, valid, xs);
+    load_batch(dy, at, valid, dys);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (i >= valid) break;
       for (int e = 0; e < V; ++e) {
-        const A distance = A(xs[i].at[e]) - mean[e], g = A(dys[i].at[e]);
-        const A dz = fma(distance, scale[e], bias[e]) > 0 ? g : g * p.slope;
-        xs[i].at[e] = T(scale[e] * dz - shift[e] - distance * slant[e]);
+        const A distance = A(xs[i].at[e]) - t[e].z.mean, g = A(dys[i].at[e]);
+        const A dz = t[e].z(distance) > 0 ? g : g * p.slope;
+        xs[i].at[e] = T(t[e].z.scale * dz - t[e].constant - t[e].slant * distance);
       }
-      if (i < valid) store(dx + at[i], xs[i]);
+      store(dx + at[i], xs[i]);
     }
   });
 }
@@ -302,8 +342,13 @@ Split split(const Tensor& x, const BnSizes& b, int channels_per_tile, int values
   const int64_t slabs = std::clamp<int64_t>(std::sqrt(rows / 32.), 1, most);
   const int64_t slab_rows = ceil_div(ceil_div(rows, slabs), rows_at_once) * rows_at_once;
   check(tiles * b.groups * slabs <= INT32_MAX, "bn_leaky_relu: too many channels and groups: ", shape(x));
-  return {b.channels, b.inner, b.channels * b.count, b.count, rows, slab_rows, int(tiles),
+  Split s{b.channels, b.inner, b.channels * b.count, b.count, rows, slab_rows, {}, int(tiles),
           int(ceil_div(rows, slab_rows)), int(b.groups)};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t value = (b.count - 1) / 2 * i + (i == 2 ? (b.count - 1) % 2 : 0);
+    s.samples[i] = value / b.inner * b.channels * b.inner + value % b.inner;
+  }
+  return s;
 }
 template <typename T, int V, bool kLast>
 Split split(const Tensor& x, const BnSizes& b) {

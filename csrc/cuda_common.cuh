@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "checks.h"
@@ -35,13 +36,21 @@ template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T at[V];
 };
+template <int bytes>
+using word_t = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2,
+               std::conditional_t<bytes == 4, unsigned, unsigned short>>>;
 template <int V, typename T>
 __device__ Vector<T, V> load(const T* from) {
-  return *reinterpret_cast<const Vector<T, V>*>(from);
+  const auto word = *reinterpret_cast<const word_t<V * sizeof(T)>*>(from);
+  Vector<T, V> values;
+  memcpy(&values, &word, sizeof word);
+  return values;
 }
 template <typename T, int V>
 __device__ void store(T* to, const Vector<T, V>& values) {
-  *reinterpret_cast<Vector<T, V>*>(to) = values;
+  word_t<V * sizeof(T)> word;
+  memcpy(&word, &values, sizeof word);
+  __stwb(reinterpret_cast<word_t<V * sizeof(T)>*>(to), word);  // `*to = word` is compiled to 4-byte stores
 }
 template <int V, typename T>
 bool is_aligned(const T* data) {
