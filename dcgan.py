@@ -59,7 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision.transforms.v2 import functional as T
@@ -171,20 +171,31 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # by --resume: how long, how often, where
+LIMITS = {  # lowest and highest, both allowed
+    "nz ngf ndf batch_size samples sample_every report_every keep epochs": (1, math.inf),
+    "dropout dropout2d real_label max_bad bn_momentum": (0, 1),
+    "beta1 beta2 ema": (0, 1 - 1e-9),
+    "lr_g lr_d adam_eps weight_decay bn_eps slope noise noise_steps steps save_every": (0, math.inf),
+}
 
 
 def config(preset="classic", **overrides):
     """-> the Config of a preset with some values set otherwise.  Raises UserError for a wrong name or value."""
-    for name, value in {"preset": preset, **overrides}.items():
-        if name not in FIELDS:
-            raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
-        choices = FIELDS[name].metadata["choices"]
-        if choices and value not in choices:
-            raise UserError(f"{name} cannot be {value!r}; it can be {', '.join(map(str, choices))}")
+    if preset not in PRESETS:
+        raise UserError(f"preset cannot be {preset!r}; it can be {', '.join(PRESETS)}")
+    for name in overrides.keys() - FIELDS.keys():
+        raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
     c = Config(**{**PRESETS[preset], **overrides, "preset": preset})
-    for name in ("nz", "ngf", "ndf", "batch_size", "samples", "sample_every", "report_every", "keep"):
-        if getattr(c, name) < 1:
-            raise UserError(f"{name} is {getattr(c, name)}; it must be 1 or more")
+    for f in FIELDS.values():
+        value, choices = getattr(c, f.name), f.metadata["choices"]
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            raise UserError(f"{f.name} is {value!r}; it must be of type {f.type.__name__}")
+        if choices and value not in choices:
+            raise UserError(f"{f.name} cannot be {value!r}; it can be {', '.join(map(str, choices))}")
+    for names, (low, high) in LIMITS.items():
+        for name in names.split():
+            if not low <= getattr(c, name) <= high:
+                raise UserError(f"{name} is {getattr(c, name)}; it can be from {low} to {high}")
     halvings(c)  # raises where the networks cannot have this image_size
     return c
 
@@ -232,15 +243,18 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
-    except OSError as e:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             half.unlink()
+        if not isinstance(e, OSError):
+            raise
         raise UserError(f"cannot write {path}: {e.strerror}; what stood there before is intact") from None
 
 
 # ---------------------------------------------------------------------------------------- data
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, some by running other programs
 MAX_PIXELS = 100_000_000  # a picture that claims more is left out before it is decoded
 DRAWN = 8192  # faces in the built-in data set
 
@@ -328,7 +342,7 @@ def list_pictures(root):
 
 def decode(data, nc):
     """-> (nc, H, W) uint8, upright, from the bytes of a picture.  Raises what its decoder raises, or ValueError."""
-    with Image.open(io.BytesIO(data)) as picture:  # reads the header, decodes nothing yet
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:  # reads the header, decodes nothing yet
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels; {MAX_PIXELS:,} are allowed")
         # torchvision is the faster, but takes half a JPEG for a whole one and drops what is transparent
@@ -376,6 +390,7 @@ class Pictures(torch.utils.data.Dataset):
         elif self.root.is_dir():
             self.kind, (facts, others) = "folder", list_pictures(self.root)
             self.names = [name for name, _, _ in facts] or self.nothing(others)
+            facts = (os.path.realpath(self.root), facts)
         else:
             raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
         how = (FORMAT, self.kind, c.image_size, c.nc, c.fit, torchvision.__version__, PIL.__version__)
@@ -431,6 +446,13 @@ def sort_out(items):
     return torch.stack(good) if good else None, [x for x in items if not torch.is_tensor(x)]
 
 
+def too_many(bad, n, c):
+    """Raise UserError if more than the share --max-bad of n pictures are in `bad`, the words about them."""
+    if len(bad) > c.max_bad * n:
+        what = f"more than --max-bad {c.max_bad:.1%} of {n} pictures cannot be read"
+        raise UserError("\n  ".join([what, *bad[:100]]))
+
+
 def decode_all(pictures, c, folder):
     """Decode in parallel into folder/pictures.u8, (n, nc, H, W) uint8 in the order of names; and index.json."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -440,9 +462,7 @@ def decode_all(pictures, c, folder):
     with written_whole(folder / "pictures.u8") as file, progress(len(pictures), "decoding", "img") as bar:
         for good, bad in loader:
             left_out += bad
-            if len(left_out) > c.max_bad * len(pictures):
-                what = f"more than --max-bad {c.max_bad:.1%} of {len(pictures)} pictures cannot be read"
-                raise UserError("\n  ".join([what, *left_out[:100]]))
+            too_many(left_out, len(pictures), c)
             if good is not None:
                 file.write(good.numpy().data)
                 n += len(good)
@@ -452,23 +472,34 @@ def decode_all(pictures, c, folder):
         file.write(json.dumps(index, indent=1).encode())
 
 
+def read_index(folder):
+    """-> the index of a cache that is whole, else None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        index = json.loads((folder / "index.json").read_text())
+        return index if (folder / "pictures.u8").stat().st_size == math.prod(index["shape"]) else None
+
+
 def load_pictures(c):
     """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if these pictures are not in it."""
-    pictures = Pictures(c)
-    folder = Path(c.cache) / pictures.key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # one process decodes; a dead one lets go
-        new = not folder.exists()
+    pictures, cache = Pictures(c), Path(c.cache)
+    folder, half = cache / pictures.key, cache / "half"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".lock"):  # one process decodes; a dead one lets go
+        new = read_index(folder) is None
         if new:
-            half = folder.with_suffix(".half")
-            shutil.rmtree(half, ignore_errors=True)  # of one that was killed
+            for old in (half, folder):  # of one that was killed
+                shutil.rmtree(old, ignore_errors=True)
             half.mkdir()
-            decode_all(pictures, c, half)
+            try:
+                decode_all(pictures, c, half)
+            except RuntimeError as e:  # a worker was killed: memory, or a container's small /dev/shm
+                raise UserError(f"decoding stopped ({str(e).splitlines()[0]}); try --workers 0") from None
             half.rename(folder)
-    index = json.loads((folder / "index.json").read_text())
-    size, bad = math.prod(index["shape"]), index["left_out"]
+    index = read_index(folder)
+    (n, *_), bad, size = index["shape"], index["left_out"], math.prod(index["shape"])
+    too_many(bad, n + len(bad), c)
     where = f"{'decoded into' if new else 'found in'} {folder}, {size / 1e6:.0f} MB"
-    say(f"pictures    {index['shape'][0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
+    say(f"pictures    {n:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
         say(f"            {len(bad)} are left out, all named in {folder / 'index.json'}; such as", *bad[:5])
     return torch.from_file(str(folder / "pictures.u8"), size=size, dtype=torch.uint8).view(index["shape"])
@@ -541,7 +572,9 @@ def fused_ops():
     """-> the module of the fused ops: dcgan_ops where it is installed, else csrc/ beside this file."""
     for name in ("dcgan_ops", "csrc"):
         with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
+            if hasattr(module, "bn_leaky_relu"):  # not some other csrc
+                return module
     raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused out")
 
 
@@ -629,7 +662,7 @@ class Block(nn.Module):
         elif isinstance(self.activation, float):
             x = F.leaky_relu(x, self.activation)
         elif self.activation:
-            x = getattr(torch, self.activation)(x.float())
+            x = getattr(torch, self.activation)(x.to(torch.promote_types(x.dtype, torch.float32)))
         x = F.dropout(x, self.dropout, self.training)
         return F.dropout2d(x, self.dropout2d, self.training) if self.dropout2d else x
 
@@ -682,7 +715,7 @@ class Discriminator(nn.Module):
             weights = self.ops.spectral_norm(*map(list, zip(*parts, strict=True)), 1e-12, self.training)
         for block, weight in zip(self.blocks, weights, strict=True):
             x = block(x.flatten(1) if block.kind == "dense" else x, weight, groups)
-        return x.flatten().float()
+        return x.flatten().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_range(pixels, c):
@@ -771,9 +804,9 @@ def average(ema, G, weight):
 
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     """One update of D and one of G -> (6,) on the device: loss_d, loss_g, D(x), D(G(z)), 1, 0; where a number was not
-    finite 0, 0, 0, 0, 0, 1, and nothing has changed.  Shapes: draw_inputs.  Nothing in here waits for the device."""
+    finite 0, 0, 0, 0, 0, 1, and that update was not made.  Shapes: draw_inputs.  Nothing in here waits for the device."""
     at_once, fresh = c.update == "simultaneous", c.update == "fresh"
-    bce, good = F.binary_cross_entropy_with_logits, torch.ones((), dtype=torch.bool, device=real.device)
+    bce, good = F.binary_cross_entropy_with_logits, torch.isfinite(real).all() & torch.isfinite(z).all()
     bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
     precision = functools.partial(torch.autocast, real.device.type, **bf16)
     buffers = [b for net in (G, D) for b in net.buffers() if b.is_floating_point()]  # running statistics, u and v
@@ -841,6 +874,8 @@ def reading(path):
 def load(path):
     """-> what `save` wrote, on the CPU, its config as a Config.  Tensors and plain values only: no file can run code."""
     with reading(path):
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
+            raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, not {FORMAT}")
@@ -851,9 +886,9 @@ def load_generator(path, device="cpu", ops=PLAIN):
     """-> G in eval mode, its Config as G.config, from a run's folder, checkpoint.pt, generator.pt or a snapshot."""
     path = Path(path) / "generator.pt" if Path(path).is_dir() else Path(path)
     saved = load(path)
-    G = Generator(saved["config"], ops)
-    with reading(path):
-        G.load_state_dict(saved["ema"] if "ema" in saved else saved["G"])
+    with reading(path), torch.device("meta"):  # no memory for what a stranger's config may claim
+        G = Generator(saved["config"], ops)
+        G.load_state_dict(saved["ema"] if "ema" in saved else saved["G"], assign=True)
     return G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -895,9 +930,15 @@ def save_gif(frames, path, milliseconds):
     save_picture(first, path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
+def numbered(folder, pattern):
+    """-> [(step, path)] of a run's files, sorted by step."""
+    found = ((re.search(r"_(\d+)\.", path.name), path) for path in folder.glob(pattern))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
 def save_growth(folder, most=48):
     """samples.gif: how the grids of a run grew, evenly chosen, the last one always among them."""
-    files = sorted((folder / "samples").glob("step_*.png"))
+    files = [path for _, path in numbered(folder, "samples/step_*.png")]
     chosen = sorted({round(i * (len(files) - 1) / (most - 1)) for i in range(most)})
     save_gif([Image.open(files[i]) for i in chosen], folder / "samples.gif", 150)
 
@@ -966,22 +1007,26 @@ def tune(c, device):
 
 
 class Stop:
-    """Whether to stop: the exit code after SIGTERM, Ctrl-C (a second leaves at once) or the time limit."""
+    """with Stop(limit) as stop: whether to stop, after SIGTERM, Ctrl-C (a second leaves at once) or the time limit."""
 
     def __init__(self, limit):
         if limit and not re.fullmatch(r"\d+(\.\d+)?[smh]", limit):
             raise UserError(f"--time-limit {limit!r} is no time; write 90s, 30m or 2h")
         seconds = float(limit[:-1]) * {"s": 1, "m": 60, "h": 3600}[limit[-1]] if limit else math.inf
-        self.end, self.code = time.monotonic() + seconds, -1
+        self.end, self.code, self.at = time.monotonic() + seconds, -1, 0.0
+
+    def __enter__(self):
         self.handlers = {number: signal.signal(number, self.caught) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
-    def caught(self, number, _):
-        self.code = 128 + number
-        self.restore()
-
-    def restore(self):
+    def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def caught(self, number, _):
+        if self.code > 0 and time.monotonic() - self.at > 1:  # sooner it is torchrun, which repeats the first one
+            os._exit(128 + number)
+        self.code, self.at = 128 + number, time.monotonic()
 
     def now(self):
         """-> the exit code, or None to go on; the same on all processes, after the same step."""
@@ -996,22 +1041,30 @@ class Stop:
 
 def open_run(c, given):
     """-> the Config, and the checkpoint where --resume goes on or None.  `given`: the names that the user set."""
-    file = Path(c.run) / "config.json"
+    folder = Path(c.run)
     if not c.resume:
-        if file.exists():
-            raise UserError(f"{c.run} holds a run already; go on with --resume, or name another folder with --run")
+        if (folder / "config.json").exists() or any(folder.glob("*.pt")):
+            raise UserError(f"{folder} holds a run already; go on with --resume, or name another folder with --run")
         return c, None
-    with reading(file):
-        old = config(**json.loads(file.read_text()))
-    for name in given - MAY_CHANGE:
-        if getattr(c, name) != getattr(old, name):
-            change = f"{name} from {getattr(old, name)!r} to {getattr(c, name)!r}"
-            raise UserError(f"--resume cannot change {change}; leave it out, or begin another run with --run")
-    changes = {name: getattr(c, name) for name in given & MAY_CHANGE} | {"run": c.run, "resume": True}
+    with reading(folder / "config.json"):
+        old = config(**json.loads((folder / "config.json").read_text()))
+    saved, checkpoint = None, folder / "checkpoint.pt"
+    if checkpoint.exists() or any(folder.glob("*.pt")):  # else the run was stopped before its first one
+        saved = load(checkpoint)
+    others = [("the command line", c, given - MAY_CHANGE)]
+    others += [(checkpoint, saved["config"], FIELDS.keys() - MAY_CHANGE - {"noise_steps"})] if saved else []
+    for where, other, names in others:
+        for name in names:
+            if getattr(other, name) != getattr(old, name):
+                told = f"{name} is {getattr(old, name)!r}; {where} says {getattr(other, name)!r}"
+                raise UserError(
+                    f"{folder} cannot be resumed: its {told}. Leave it out, or begin another run with --run"
+                )
+    changes = {name: getattr(c, name) for name in given & MAY_CHANGE}
+    changes |= {"run": c.run, "resume": True, "time_limit": c.time_limit}
     if "epochs" in given:
         changes.setdefault("steps", 0)
-    checkpoint = Path(c.run) / "checkpoint.pt"  # if there is none, the run was stopped before its first
-    return dataclasses.replace(old, **changes), load(checkpoint) if checkpoint.exists() else None
+    return dataclasses.replace(old, **changes), saved
 
 
 def set_up(c, given):
@@ -1020,6 +1073,12 @@ def set_up(c, given):
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     c.run = c.run or f"runs/{c.preset}-{Path(c.data).stem if c.data else 'drawn'}"
+    Path(c.run).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(c.run) / ".lock")  # held as long as the process lives
+    try:
+        lock.acquire(timeout=0) if RANK == 0 else None
+    except Timeout:
+        raise UserError(f"another process trains in {c.run}; wait for it, or name another folder with --run") from None
     c, saved = open_run(c, given)
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
@@ -1040,7 +1099,7 @@ def set_up(c, given):
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
     hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, fused=True)
-    run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, G=G, D=D, step=0)
+    run = types.SimpleNamespace(c=c, folder=Path(c.run), lock=lock, device=device, pictures=pictures, G=G, D=D, step=0)
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
     run.stateful = {"G": G, "D": D, "opt_g": run.opt_g, "opt_d": run.opt_d} | ({"ema": run.ema} if c.ema else {})
@@ -1053,6 +1112,8 @@ def set_up(c, given):
                 part.load_state_dict(saved[name])
             run.step = saved["step"]
             run.sums.copy_(saved["sums"])
+            if saved["pictures"] != len(pictures):
+                say(f"            these were {saved['pictures']:,} before: what follows is another stream of them")
     return run
 
 
@@ -1061,14 +1122,14 @@ def open_folder(run):
     folder = run.folder
     for name in ("samples", "snapshots"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for path in [*folder.glob("samples/step_*.png"), *folder.glob("snapshots/generator_*.pt")]:
-        if int(re.sub(r"\D", "", path.name)) > run.step:
+    for step, path in numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt"):
+        if step > run.step:
             path.unlink()
     for path in [*folder.glob(".*.half"), *folder.glob("*/.*.half")]:
         path.unlink()
     run.rows, log = [], folder / "log.jsonl"
-    for line in log.read_text().splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError):  # the half line of a run that was killed
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # the half line of a run that was killed
             run.rows += [row for row in [json.loads(line)] if row["step"] <= run.step]
     with written_whole(log) as file:
         file.write("".join(json.dumps(row) + "\n" for row in run.rows).encode())
@@ -1076,21 +1137,30 @@ def open_folder(run):
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
     first = batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples).to(run.pictures.device)
     save_picture(grid(run.pictures[first].cpu()), folder / "samples" / "real.png")
+    run.spread = max(1e-3, run.pictures[:1000].float().std(0, correction=0).mean().item())  # of pixels, over pictures
+
+
+def take(sums):
+    """-> loss_d, loss_g, D(x), D(G(z)), their means over steps and processes, then how many steps were good and bad; and
+    begin anew.  Here, and only here, the program waits for the device."""
+    if WORLD > 1:
+        dist.all_reduce(sums)
+    *values, good, bad = sums.tolist()
+    sums.zero_()
+    return [round(value / max(1, good), 5) for value in values], int(good) // WORLD, int(bad) // WORLD
 
 
 def report(run, bar, seconds):
-    """A line of log.jsonl and the numbers on the bar: here, and only here, the program waits for the device."""
-    c, (*sums, good, skipped) = run.c, run.sums[0].tolist()
-    run.sums[0].zero_()
+    """A line of log.jsonl and the numbers on the bar."""
+    c, ((loss_d, loss_g, d_x, d_gz), good, skipped) = run.c, take(run.sums[0])
     if not good:
         raise UserError(
-            f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the weights; "
-            f"{run.folder}/checkpoint.pt is good: --resume with --precision fp32, or begin again with a lower --lr"
+            f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the weights; go on from "
+            f"the last good checkpoint with --run {run.folder} --resume --precision fp32, or begin again with a lower --lr"
         )
-    loss_d, loss_g, d_x, d_gz = (round(value / good, 5) for value in sums)
     img_s = round(c.report_every * c.batch_size / seconds, 1)
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), "loss_d": loss_d}
-    row |= {"loss_g": loss_g, "d_x": d_x, "d_gz": d_gz, "img_s": img_s} | ({"skipped": int(skipped)} if skipped else {})
+    row |= {"loss_g": loss_g, "d_x": d_x, "d_gz": d_gz, "img_s": img_s} | ({"skipped": skipped} if skipped else {})
     bar.set_postfix_str(f"D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s", False)
     if RANK == 0:
         run.rows.append(row)
@@ -1127,7 +1197,14 @@ def save_run(run):
     with open(run.folder / "log.jsonl", "ab") as log:
         os.fsync(log.fileno())  # no line older than the checkpoint may be lost
     state = {name: part.state_dict() for name, part in run.stateful.items()}
-    save(run.folder / "checkpoint.pt", step=run.step, config=dataclasses.asdict(run.c), sums=run.sums, **state)
+    save(
+        run.folder / "checkpoint.pt",
+        step=run.step,
+        config=dataclasses.asdict(run.c),
+        sums=run.sums,
+        pictures=len(run.pictures),
+        **state,
+    )
     save_generator(run, run.folder / "generator.pt")
 
 
@@ -1137,14 +1214,12 @@ def save_generator(run, path):
 
 def end_epoch(run, epoch):
     """The line of means; a snapshot of G, so that no collapse takes the last good one; the growing GIF."""
-    loss_d, loss_g, _, _, good, _ = run.sums[1].tolist()
-    epochs = run.total * run.c.batch_size / len(run.pictures)
-    run.sums[1].zero_()
-    means = f"D Loss: {loss_d / max(1, good):.4f} | G Loss: {loss_g / max(1, good):.4f}"
-    say(f"Epoch [{epoch}/{math.ceil(epochs)}] | {means}")
+    (loss_d, loss_g, *_), _, _ = take(run.sums[1])
+    epochs = math.ceil(run.total * run.c.batch_size / len(run.pictures))
+    say(f"Epoch [{epoch}/{epochs}] | D Loss: {loss_d:.4f} | G Loss: {loss_g:.4f}")
     if RANK == 0:
         save_generator(run, run.folder / f"snapshots/generator_{run.step:06d}.pt")
-        for old in sorted(run.folder.glob("snapshots/generator_*.pt"))[: -run.c.keep]:
+        for _, old in numbered(run.folder, "snapshots/generator_*.pt")[: -run.c.keep]:
             old.unlink()
         save_growth(run.folder)
 
@@ -1156,9 +1231,8 @@ def train(c, given=frozenset()):
     c, n, code = run.c, len(run.pictures), None
     if RANK == 0:
         open_folder(run)
-        run.spread = run.pictures[:1000].float().std(0).mean().item()
     saved = reported = time.monotonic()
-    with progress(run.total, "training", "step", run.step) as bar:
+    with stop, progress(run.total, "training", "step", run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
             decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the start would linger
@@ -1169,41 +1243,48 @@ def train(c, given=frozenset()):
             if run.step % c.report_every == 0:
                 report(run, bar, now - reported)
                 reported = now
-            epoch = run.step * c.batch_size // n
-            if epoch > (run.step - 1) * c.batch_size // n:
-                end_epoch(run, epoch)
             last, early = run.step == run.total, run.step < c.sample_every and run.step & (run.step - 1) == 0
             if RANK == 0 and (last or early or run.step % c.sample_every == 0):  # early: at 1, 2, 4, 8 ...
                 sample(run)
+            epoch = run.step * c.batch_size // n
+            if epoch > (run.step - 1) * c.batch_size // n:
+                end_epoch(run, epoch)
             code = stop.now()
             due = run.step % c.save_every == 0 if c.save_every else now - saved > 120
             if RANK == 0 and (due or last or code is not None):
                 save_run(run)
                 saved = now
-    stop.restore()
     if RANK == 0:
         save_growth(run.folder)
-        say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}",
-            f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63",
-            f"go on:      python dcgan.py --run {run.folder} --resume --epochs {2 * c.epochs}")  # fmt: skip
+        say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
+        say(f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63")
+        say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step == run.total))
+    run.lock.release()
     return code or 0
 
 
 # ---------------------------------------------------------------------------------------- command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def read_arguments(command, argv, seeds, out):
     """-> G, the seeds and where to write, for the commands that draw."""
-    p = argparse.ArgumentParser(f"dcgan.py {command}", allow_abbrev=False)
+    p = Parser(f"dcgan.py {command}", allow_abbrev=False)
     p.add_argument("source", type=Path, help="the folder of a run, or its checkpoint.pt, generator.pt or a snapshot")
     p.add_argument("--seeds", default=seeds, help=f"such as 3,7,12 or 0-63 ({seeds})")
     p.add_argument("--out", type=Path, help=out)
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1")
     args = p.parse_args(argv)
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", args.seeds):
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", args.seeds):
         raise UserError(f"--seeds {args.seeds!r} is no list of seeds; write 0-63 or 3,7,12")
-    ranges = [part.split("-") for part in args.seeds.split(",")]
-    seeds = [seed for part in ranges for seed in range(int(part[0]), int(part[-1]) + 1)]
+    pairs = [(int(part.split("-")[0]), int(part.split("-")[-1])) for part in args.seeds.split(",")]
+    if not 0 < sum(last + 1 - first for first, last in pairs) <= 100_000 or any(last < first for first, last in pairs):
+        raise UserError(f"--seeds {args.seeds!r} must be 1 to 100,000 seeds, each range upwards")
+    seeds = [seed for first, last in pairs for seed in range(first, last + 1)]
     folder = args.source if args.source.is_dir() else args.source.parent
     device = choose_device(args.device)
     return load_generator(args.source, device), device, seeds, folder, args.out
@@ -1241,7 +1322,7 @@ def interpolate(argv, frames=24):
 
 def info(argv):
     """The device, the versions, and which kernels are there or why not."""
-    argparse.ArgumentParser("dcgan.py info").parse_args(argv)
+    Parser("dcgan.py info").parse_args(argv)
     device = choose_device("auto")
     say(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     say(f"device {device}, --precision auto is {choose_precision('auto', device)}, {torch.get_num_threads()} threads")
@@ -1255,7 +1336,7 @@ def read_options(argv):
     """-> {name: value} of what the command line sets, by a parser that is made from the fields of Config."""
     about = ("classic, PyTorch's DCGAN on CelebA; regularized, with spectral norm, dropout, noise and smoothing; keras, "
              "the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces")  # fmt: skip
-    p = argparse.ArgumentParser("dcgan.py", "dcgan.py [train] [options]", allow_abbrev=False, epilog=f"presets: {about}",
+    p = Parser("dcgan.py", "dcgan.py [train] [options]", allow_abbrev=False, epilog=f"presets: {about}",
                                 description="Train a DCGAN. Other commands: generate, interpolate, info.",
                                 argument_default=argparse.SUPPRESS)  # fmt: skip
     p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
