@@ -254,7 +254,7 @@ def written_whole(path):
 # ---------------------------------------------------------------------------------------- data
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, some by running other programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, some by running other programs
 MAX_PIXELS = 100_000_000  # a picture that claims more is left out before it is decoded
 DRAWN = 8192  # faces in the built-in data set
 
@@ -804,7 +804,7 @@ def average(ema, G, weight):
 
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     """One update of D and one of G -> (6,) on the device: loss_d, loss_g, D(x), D(G(z)), 1, 0; where a number was not
-    finite 0, 0, 0, 0, 0, 1, and that update was not made.  Shapes: draw_inputs.  Nothing in here waits for the device."""
+    finite 0, 0, 0, 0, 0, 1, and that update was not made.  Shapes: draw_inputs.  Nothing here waits for the device."""
     at_once, fresh = c.update == "simultaneous", c.update == "fresh"
     bce, good = F.binary_cross_entropy_with_logits, torch.isfinite(real).all() & torch.isfinite(z).all()
     bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
@@ -872,7 +872,7 @@ def reading(path):
 
 
 def load(path):
-    """-> what `save` wrote, on the CPU, its config as a Config.  Tensors and plain values only: no file can run code."""
+    """-> what `save` wrote, on the CPU, its config as a Config.  Tensors and plain values only: no file runs code."""
     with reading(path):
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
             raise ValueError("a checksum is wrong")
@@ -1141,8 +1141,8 @@ def open_folder(run):
 
 
 def take(sums):
-    """-> loss_d, loss_g, D(x), D(G(z)), their means over steps and processes, then how many steps were good and bad; and
-    begin anew.  Here, and only here, the program waits for the device."""
+    """-> [loss_d, loss_g, D(x), D(G(z))], means over good steps and processes; how many steps were good, bad.  Then the
+    sums are 0 again.  Here, and only here, the program waits for the device."""
     if WORLD > 1:
         dist.all_reduce(sums)
     *values, good, bad = sums.tolist()
@@ -1155,8 +1155,8 @@ def report(run, bar, seconds):
     c, ((loss_d, loss_g, d_x, d_gz), good, skipped) = run.c, take(run.sums[0])
     if not good:
         raise UserError(
-            f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the weights; go on from "
-            f"the last good checkpoint with --run {run.folder} --resume --precision fp32, or begin again with a lower --lr"
+            f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the weights; go on "
+            f"from the last checkpoint with --run {run.folder} --resume --precision fp32, or begin anew with a lower --lr"
         )
     img_s = round(c.report_every * c.batch_size / seconds, 1)
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), "loss_d": loss_d}
@@ -1334,11 +1334,12 @@ def info(argv):
 
 def read_options(argv):
     """-> {name: value} of what the command line sets, by a parser that is made from the fields of Config."""
-    about = ("classic, PyTorch's DCGAN on CelebA; regularized, with spectral norm, dropout, noise and smoothing; keras, "
-             "the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces")  # fmt: skip
-    p = Parser("dcgan.py", "dcgan.py [train] [options]", allow_abbrev=False, epilog=f"presets: {about}",
-                                description="Train a DCGAN. Other commands: generate, interpolate, info.",
-                                argument_default=argparse.SUPPRESS)  # fmt: skip
+    p = Parser("dcgan.py", "dcgan.py [train] [options]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.description = "Train a DCGAN. Other commands: generate, interpolate, info; each has its own --help."
+    p.epilog = (
+        "presets: classic, PyTorch's DCGAN on CelebA; regularized, with spectral norm, dropout, noise and smoothing; "
+        "keras, the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces"
+    )
     p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     group = p
     for f in FIELDS.values():
