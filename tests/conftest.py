@@ -35,11 +35,7 @@ def no_network(monkeypatch):
     connect = socket.socket.connect
 
     def only_here(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
-            "127.0.0.1",
-            "::1",
-            "localhost",
-        ):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
             raise OSError(f"the tests have no network; asked for {address}")
         return connect(self, address)
 
