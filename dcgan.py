@@ -1155,8 +1155,8 @@ def report(run, bar, seconds):
     c, ((loss_d, loss_g, d_x, d_gz), good, skipped) = run.c, take(run.sums[0])
     if not good:
         raise UserError(
-            f"no loss or gradient was finite since step {run.step - c.report_every}, and none entered the weights; go on "
-            f"from the last checkpoint with --run {run.folder} --resume --precision fp32, or begin anew with a lower --lr"
+            f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the weights. Go on "
+            f"from {run.folder}/checkpoint.pt by --resume --precision fp32, or begin again with a lower --lr"
         )
     img_s = round(c.report_every * c.batch_size / seconds, 1)
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), "loss_d": loss_d}
@@ -1334,23 +1334,25 @@ def info(argv):
 
 def read_options(argv):
     """-> {name: value} of what the command line sets, by a parser that is made from the fields of Config."""
-    p = Parser("dcgan.py", "dcgan.py [train] [options]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    p.description = "Train a DCGAN. Other commands: generate, interpolate, info; each has its own --help."
+    wide = functools.partial(argparse.HelpFormatter, max_help_position=36, width=120)
+    p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
+    p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
     p.epilog = (
         "presets: classic, PyTorch's DCGAN on CelebA; regularized, with spectral norm, dropout, noise and smoothing; "
         "keras, the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces"
     )
-    p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     group = p
     for f in FIELDS.values():
-        m, names = f.metadata, ["--" + f.name.replace("_", "-"), *f.metadata["alias"]]
+        m, kind = f.metadata, {"action": argparse.BooleanOptionalAction}
         group = p.add_argument_group(m["group"]) if m["group"] else group
-        if f.type is bool:
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=m["help"])
-        else:
-            metavar = "|".join(str(choice) for choice in m["choices"] or [f.type.__name__.upper()])
-            text = m["help"] + (f" ({f.default})" if f.default not in ("", -1) else "")
-            group.add_argument(*names, dest=f.name, type=f.type, choices=m["choices"], help=text, metavar=metavar)
+        if f.type is not bool:
+            metavar = "|".join(map(str, m["choices"] or [f.type.__name__.upper()]))
+            kind = {"type": f.type, "choices": m["choices"], "metavar": metavar}
+        default = f" ({f.default})" if f.default not in ("", False, -1) else ""
+        group.add_argument("--" + f.name.replace("_", "-"), help=m["help"] + default, **kind)
+        for alias in m["alias"]:  # the spellings of pytorch/examples
+            p.add_argument(alias, dest=f.name, help=argparse.SUPPRESS, **kind)
+    p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     given = vars(p.parse_args(argv))
     lr = given.pop("lr", None)
     return given if lr is None else {"lr_g": lr, "lr_d": lr, **given}
