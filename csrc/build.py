@@ -1,0 +1,241 @@
+"""How the two libraries of dcgan_ops are compiled: the CPU kernels (_cpu) and the CUDA kernels (_cuda).
+
+setup.py imports this for `pip install`; dcgan_ops runs it for the first use (`python build.py cpu --into DIR`).
+Both go through torch's cpp_extension with the same sources and flags.  Importing it needs neither torch nor
+setuptools.
+
+Two libraries, because a CUDA library that does not load must not take the CPU kernels with it.  Both use torch's
+stable ABI of 2.11 only: one build serves torch 2.11 and every later version.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = {
+    "cpu": ["module.cpp", "schemas.cpp", "bn_leaky_relu.cpp", "spectral_norm.cpp"],
+    "cuda": ["module.cpp", "bn_leaky_relu_cuda.cu", "spectral_norm_cuda.cu"],
+}
+OLDEST_TORCH = (2, 11)
+TARGET = "0x020b000000000000"  # the ABI of torch 2.11
+COMMON = ["-O3", f"-DTORCH_TARGET_VERSION={TARGET}"]
+# loops become vectors only where no errno and no floating-point trap can be observed; a * b + c rounds once
+CXX_FLAGS = [*COMMON, "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+NVCC_FLAGS = [*COMMON, "--threads=2"]
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU says which: Ampere, Hopper, and through PTX what follows
+
+
+class CannotBuild(RuntimeError):
+    """One line: why a library cannot be built here, and what to do."""
+
+
+def source_hash(kind):
+    """-> 12 hex digits that change with every source and flag of a library, which carries those of its build."""
+    headers = ["checks.h", "cuda_common.cuh"] if kind == "cuda" else ["checks.h", "columns.h", "vectors.h"]
+    digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
+    for name in SOURCES[kind] + headers:
+        digest.update(name.encode() + (HERE / name).read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:12]
+
+
+def file_name(kind):
+    return f"_{kind}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def read_facts(path):
+    """-> what module.cpp wrote into the library, read from the file without loading it; {} if there is none."""
+    try:
+        found = re.search(rb'dcgan-ops-facts (\{"sources".*?\})', Path(path).read_bytes())
+        return json.loads(found[1]) if found else {}
+    except (OSError, ValueError):
+        return {}
+
+
+# ------------------------------------------------------------------------------------- what this machine has
+
+
+def check_torch():
+    import torch
+
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < OLDEST_TORCH:
+        raise CannotBuild(
+            f"the fused kernels need torch 2.11 or later, this is {torch.__version__}: "
+            "update torch, or leave --fused out"
+        )
+
+
+def find_compiler():
+    """-> the C++ compiler: what CXX names, else the usual ones."""
+    named = os.environ.get("CXX", "").split()[:1]
+    found = [c for c in named or ("c++", "g++", "clang++") if shutil.which(c)]
+    if not found and sys.platform != "win32":
+        raise CannotBuild(
+            f"no C++ compiler found ({'CXX names ' + named[0] if named else 'c++, g++, clang++'}): install g++ "
+            "(apt install g++, dnf install gcc-c++) or set CXX, or leave --fused out"
+        )
+    return found[0] if found else "cl"
+
+
+def use_compiler():
+    """Let torch and setuptools find that compiler, and ninja of this environment."""
+    cxx = find_compiler()
+    if sys.platform != "win32" and not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]):
+        os.environ.setdefault("CC", cxx)  # this Python was compiled with one that is not here
+        os.environ.setdefault("CXX", cxx)
+        os.environ.setdefault("LDSHARED", f"{cxx} -shared")
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+
+
+def cuda_home():
+    """-> the CUDA toolkit: a folder with both bin/nvcc and the headers (nvcc on PATH may be a wrapper script)."""
+    on_path = shutil.which("nvcc")
+    guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if on_path:
+        guesses.insert(2, os.path.dirname(os.path.dirname(os.path.realpath(on_path))))
+    for home in filter(None, guesses):
+        if os.path.isfile(f"{home}/bin/nvcc") and os.path.isfile(f"{home}/include/cuda_runtime.h"):
+            return home
+    raise CannotBuild(
+        f"no CUDA toolkit found ({'only ' + on_path if on_path else 'no nvcc'}; looked at CUDA_HOME, PATH and "
+        "/usr/local/cuda): install one and set CUDA_HOME, or leave --fused out"
+    )
+
+
+def find_cuda():
+    """-> (toolkit folder, nvcc's version such as "13.0"), of the CUDA that torch is built for."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise CannotBuild(f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch first")
+    home, wanted = cuda_home(), torch.version.cuda
+    text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout  # noqa: S603
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if not release:
+        raise CannotBuild(f"{home}/bin/nvcc does not run: set CUDA_HOME to a toolkit that works")
+    if release[1] != wanted.split(".")[0]:
+        raise CannotBuild(
+            f"nvcc in {home} is of CUDA {release[1]}.{release[2]}, torch is built for CUDA {wanted}: "
+            f"set CUDA_HOME to a toolkit of CUDA {wanted.split('.')[0]}"
+        )
+    return home, f"{release[1]}.{release[2]}"
+
+
+def architectures():
+    """-> what to compile CUDA for: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the default."""
+    import torch
+
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return ";".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(",", ";").split())
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    return DEFAULT_ARCHITECTURES
+
+
+# ------------------------------------------------------------------------------------------------- the build
+
+
+def extension(kind, folder):
+    """-> the setuptools Extension dcgan_ops._cpu or dcgan_ops._cuda; `folder` holds the sources.
+
+    Raises CannotBuild where it is known beforehand that it cannot be compiled here.
+    """
+    check_torch()
+    use_compiler()
+    home, cuda = find_cuda() if kind == "cuda" else (None, "none")
+    if kind == "cuda":
+        os.environ["CUDA_HOME"] = home  # before cpp_extension is imported: it would guess another
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+    import torch
+    from torch.utils import cpp_extension
+
+    if kind == "cuda":
+        cpp_extension.CUDA_HOME = home
+    facts = {
+        "SOURCES": source_hash(kind),
+        "CUDA": cuda,
+        "ARCHITECTURES": architectures().replace(";", ",") if kind == "cuda" else "none",
+        "TORCH": torch.__version__,
+    }
+    defines = [f"-DDCGAN_{name}={value}" for name, value in facts.items()]
+    if os.environ.get("DCGAN_NO_CLONES"):
+        defines.append("-DDCGAN_NO_CLONES")
+    flags = {"cxx": CXX_FLAGS + defines, "nvcc": NVCC_FLAGS}
+    if sys.platform == "win32":
+        flags["cxx"] = [f"/D{f[2:]}" for f in flags["cxx"] if f.startswith("-D")] + ["/O2"]
+    make = cpp_extension.CUDAExtension if kind == "cuda" else cpp_extension.CppExtension
+    return make(
+        f"dcgan_ops._{kind}",
+        [os.path.join(folder, name) for name in SOURCES[kind]],
+        include_dirs=pybind11_include(),
+        extra_compile_args=flags,
+    )
+
+
+def pybind11_include():
+    try:
+        import pybind11
+
+        return [pybind11.get_include()]
+    except ImportError:
+        return []  # torch brings a copy of the headers
+
+
+def build_command(say, failed):
+    """-> the build_ext command: each library on its own; say(kind, text) what became of it."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildEach(BuildExtension):
+        def build_extensions(self):
+            wanted, self.extensions, folder = self.extensions, [], self.build_temp
+            built, compiler = [], dict(vars(self.compiler))
+            for one in wanted:
+                kind = one.name.rsplit("_", 1)[1]
+                self.extensions, self.build_temp = [one], os.path.join(folder, kind)
+                try:
+                    super().build_extensions()
+                    built.append(one)
+                    say(kind, "built")
+                except (Exception, SystemExit) as error:  # torch and setuptools raise what they like
+                    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                    say(kind, f"did not compile: {lines[0][:200]}")
+                    failed(kind, error)
+                vars(self.compiler).clear()
+                vars(self.compiler).update(compiler)  # torch wraps its methods anew for each
+            self.extensions = built
+
+    return BuildEach
+
+
+def main(kind, into):
+    """Build one library into the folder `into`.  What dcgan_ops does on first use, in a process of its own."""
+    from setuptools import Distribution
+
+    into = os.path.abspath(into)
+    os.chdir(HERE.parent)  # setuptools wants relative paths to sources
+    errors = []
+    dist = Distribution({"name": "dcgan_ops", "ext_modules": [extension(kind, HERE.name)]})
+    command = build_command(lambda kind, text: print(f"{kind}: {text}"), lambda kind, error: errors.append(error))
+    dist.cmdclass["build_ext"] = command
+    build = dist.get_command_obj("build_ext")
+    build.build_temp, build.build_lib = os.path.join(into, "temp"), os.path.join(into, "lib")
+    build.ensure_finalized()
+    build.run()
+    if errors:
+        raise SystemExit(1)
+    os.replace(os.path.join(into, "lib", "dcgan_ops", file_name(kind)), os.path.join(into, file_name(kind)))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[3])
+    except CannotBuild as why:
+        raise SystemExit(f"cannot build: {why}") from None

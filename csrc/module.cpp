@@ -1,0 +1,17 @@
+// The Python module of a library: importing it loads the kernels and registers them; its only content says
+// what it was built from. build.py finds the same text in the file without loading it.
+#include <pybind11/pybind11.h>
+
+#define AS_TEXT_(x) #x
+#define AS_TEXT(x) AS_TEXT_(x)
+
+static const char facts[] =
+    "dcgan-ops-facts {\"sources\": \"" AS_TEXT(DCGAN_SOURCES) "\", \"compiler\": \"" __VERSION__
+    "\", \"cuda\": \"" AS_TEXT(DCGAN_CUDA) "\", \"architectures\": \"" AS_TEXT(DCGAN_ARCHITECTURES)
+    "\", \"torch_target\": \"" AS_TEXT(TORCH_TARGET_VERSION) "\", \"built_with_torch\": \"" AS_TEXT(DCGAN_TORCH)
+    "\"}";
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Fused ops of DCGAN: see dcgan_ops.";
+  m.attr("facts") = facts + sizeof("dcgan-ops-facts");
+}
