@@ -13,9 +13,9 @@
 //            In the second every block merges the partials of its own channels, all in the same order, then
 //            goes over its slab; slab 0 of group 0 also writes the running statistics, dweight and dbias.
 // bytes      per element, read and written: forward 12 in fp32, 6 in bf16; backward 20 and 10
-// precision  fp32 (fp64 for double), rounded once at the end. Moments are those of x - x0, where x0 is a typical
-//            value of the channel, of batches of rows about their own mean, merged pairwise: there is no
-//            E[x^2] - E[x]^2, and neither a large mean nor an outlier does harm
+// precision  fp32 (fp64 for double), rounded once at the end. Moments are those of x - x0, where x0 is a
+//            typical value of the channel, of batches of rows about their own mean, merged pairwise: there is
+//            no E[x^2] - E[x]^2, and neither a large mean nor an outlier does harm
 // sources    Ioffe and Szegedy 2015 (BatchNorm and its gradient); Chan, Golub, LeVeque 1983 (merging);
 //            Rota Bulo et al. 2018 (InPlace-ABN: fuse with the activation)
 #include "cuda_common.cuh"
@@ -93,7 +93,8 @@ struct Thread {
 };
 
 template <int V, typename T, int kBatch>
-__device__ void load_batch(const T* from, const int64_t (&at)[kBatch], int valid, Vector<T, V> (&rows)[kBatch]) {
+__device__ void load_batch(const T* from, const int64_t (&at)[kBatch], int valid,
+                           Vector<T, V> (&rows)[kBatch]) {
 #pragma unroll
   for (int i = 0; i < kBatch; ++i)
     if (i < valid) rows[i] = load<V>(from + at[i]);
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, int V, bool kLast>
 __global__ void __launch_bounds__(kThreads, 1)
-    bn_activate(Split s, const T* __restrict__ x, const Moments<wide_t<T>>* __restrict__ partial, Forward<T> p,
-                T* __restrict__ y) {
+    bn_activate(Split s, const T* __restrict__ x, Forward<T> p,
+                const Moments<wide_t<T>>* __restrict__ partial, T* __restrict__ y) {
   using A = wide_t<T>;
   __shared__ Affine<A> tile[kTile];
   Thread<V, kLast> me(s);
@@ -362,26 +363,28 @@ template <typename T, int V, bool kLast>
 void launch(const Tensor& x, const BnSizes& sizes, const Forward<T>& p, Tensor& y) {
   using P = Moments<wide_t<T>>;
   const Split s = split<T, V, kLast>(x, sizes);
-  const unsigned blocks = s.tiles * s.slabs * s.groups;
+  const int blocks = s.tiles * s.slabs * s.groups;
   const auto stream = current_stream(x);
-  const auto partial = p.training ? partials<P>(x, s) : new_like(x, {0}, ScalarType::Byte);
-  const auto at = static_cast<P*>(partial.mutable_data_ptr());
-  if (p.training) bn_moments<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, x.const_data_ptr<T>(), at);
-  bn_activate<T, V, kLast>
-      <<<blocks, kThreads, 0, stream>>>(s, x.const_data_ptr<T>(), at, p, y.mutable_data_ptr<T>());
+  const auto storage = partials<P>(x, p.training ? s : Split{});
+  const auto partial = static_cast<P*>(storage.mutable_data_ptr());
+  const auto from = x.const_data_ptr<T>();
+  const auto to = y.mutable_data_ptr<T>();
+  if (p.training) bn_moments<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from, partial);
+  bn_activate<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from, p, partial, to);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 template <typename T, int V, bool kLast>
 void launch(const Tensor& dy, const Tensor& x, const BnSizes& sizes, const Backward<T>& p, Tensor& dx) {
   using P = Sums<wide_t<T>>;
   const Split s = split<T, V, kLast>(x, sizes);
-  const unsigned blocks = s.tiles * s.slabs * s.groups;
+  const int blocks = s.tiles * s.slabs * s.groups;
   const auto stream = current_stream(x);
-  const auto partial = partials<P>(x, s);
-  const auto at = static_cast<P*>(partial.mutable_data_ptr());
+  const auto storage = partials<P>(x, s);
+  const auto partial = static_cast<P*>(storage.mutable_data_ptr());
   const auto from_dy = dy.const_data_ptr<T>(), from_x = x.const_data_ptr<T>();
-  bn_gradient_sums<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, at);
-  bn_gradient<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, at, dx.mutable_data_ptr<T>());
+  const auto to = dx.mutable_data_ptr<T>();
+  bn_gradient_sums<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, partial);
+  bn_gradient<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, partial, to);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 // The widest access that sizes and pointers allow, in the layout of x.
@@ -399,6 +402,10 @@ template <typename T>
 Param<T> param(const OptionalTensor& t, ScalarType x) {
   return {t ? t->data_ptr() : nullptr, t && t->scalar_type() != x};
 }
+template <typename T>
+bool aligned(const Tensor& t) {
+  return is_aligned<kVector<T>>(t.const_data_ptr<T>());
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cuda(
     const Tensor& x_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any,
@@ -409,16 +416,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cuda(
   const Tensor x = dense(x_any);
   const auto weight = contiguous(weight_any), bias = contiguous(bias_any);
   const auto running_mean = contiguous(running_mean_any), running_var = contiguous(running_var_any);
-  const auto type = x.scalar_type(), vector_type = running_mean ? running_mean->scalar_type() : wide(type);
+  const ScalarType type = x.scalar_type();
   const BnSizes sizes = bn_sizes(x, training ? groups : 1);
-  const bool updates = training && running_mean;
 
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = new_like(x, {sizes.groups, sizes.channels}, wide(type));
   Tensor invstd = torch::stable::empty_like(mean);
-  Tensor new_mean = new_like(x, {updates ? sizes.channels : 0}, vector_type);
-  Tensor new_var = new_like(x, {updates ? sizes.channels : 0}, updates ? running_var->scalar_type() : vector_type);
-  if (x.numel() == 0) {  // as PyTorch: nothing to normalize, statistics as they were
+  const bool updates = training && running_mean;
+  auto updated = [&](const OptionalTensor& t) {
+    return new_like(x, {updates ? sizes.channels : 0}, t ? t->scalar_type() : wide(type));
+  };
+  Tensor new_mean = updated(running_mean), new_var = updated(running_var);
+  if (x.numel() == 0) {  // nothing to normalize, and the running statistics stay
     torch::stable::zero_(mean), torch::stable::zero_(invstd);
     if (updates) torch::stable::copy_(new_mean, *running_mean), torch::stable::copy_(new_var, *running_var);
     return {y, mean, invstd, new_mean, new_var};
@@ -426,24 +435,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cuda(
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     using A = wide_t<T>;
-    const OptionalTensor none, to_mean = updates ? new_mean : none, to_var = updates ? new_var : none;
+    auto to = [&](const Tensor& t) { return updates ? param<T>(t, type) : Param<T>{}; };
     const Forward<T> p{
         param<T>(weight, type), param<T>(bias, type), param<T>(running_mean, type),
-        param<T>(running_var, type), param<T>(to_mean, type), param<T>(to_var, type),
-        mean.mutable_data_ptr<A>(), invstd.mutable_data_ptr<A>(), A(momentum), A(eps), A(slope), training};
-    launch_for<T>(sizes, is_aligned<kVector<T>>(x.const_data_ptr<T>()), x, sizes, p, y);
+        param<T>(running_var, type), to(new_mean), to(new_var), mean.mutable_data_ptr<A>(),
+        invstd.mutable_data_ptr<A>(), A(momentum), A(eps), A(slope), training};
+    launch_for<T>(sizes, aligned<T>(x), x, sizes, p, y);
   });
   return {y, mean, invstd, new_mean, new_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_leaky_relu_backward_cuda(
-    const Tensor& dy_any, const Tensor& x_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any,
-    const Tensor& mean, const Tensor& invstd, bool training, double slope, int64_t groups) {
+    const Tensor& dy_any, const Tensor& x_any, const OptionalTensor& weight_any,
+    const OptionalTensor& bias_any, const Tensor& mean, const Tensor& invstd, bool training, double slope,
+    int64_t groups) {
   check_bn_leaky_relu_backward(dy_any, x_any, weight_any, bias_any, mean, invstd, training, groups);
   torch::stable::accelerator::DeviceGuard guard(x_any.get_device_index());
   const Tensor x = dense(x_any), dy = in_layout_of(dy_any, x);
   const auto weight = contiguous(weight_any), bias = contiguous(bias_any);
-  const auto type = x.scalar_type();
+  const ScalarType type = x.scalar_type();
   const BnSizes sizes = bn_sizes(x, training ? groups : 1);
 
   Tensor dx = torch::stable::empty_like(x);
@@ -455,12 +465,10 @@ std::tuple<Tensor, Tensor, Tensor> bn_leaky_relu_backward_cuda(
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     using A = wide_t<T>;
-    constexpr int V = kVector<T>;
-    const Backward<T> p{param<T>(weight, type), param<T>(bias, type),
-                               mean.const_data_ptr<A>(), invstd.const_data_ptr<A>(),
-                               dweight.mutable_data_ptr<A>(), dbias.mutable_data_ptr<A>(), A(slope), training};
-    const bool aligned = is_aligned<V>(x.const_data_ptr<T>()) && is_aligned<V>(dy.const_data_ptr<T>());
-    launch_for<T>(sizes, aligned, dy, x, sizes, p, dx);
+    const Backward<T> p{
+        param<T>(weight, type), param<T>(bias, type), mean.const_data_ptr<A>(), invstd.const_data_ptr<A>(),
+        dweight.mutable_data_ptr<A>(), dbias.mutable_data_ptr<A>(), A(slope), training};
+    launch_for<T>(sizes, aligned<T>(x) && aligned<T>(dy), dy, x, sizes, p, dx);
   });
   return {dx, dweight, dbias};
 }

@@ -107,7 +107,7 @@ __device__ Sums<A> shuffle(const Sums<A>& a, int mask) {
   return {__shfl_xor_sync(~0u, a.dz, mask), __shfl_xor_sync(~0u, a.dz_x, mask)};
 }
 
-// Merges over the warps: lane l of warp 0 gets the result for channel l of the tile. All threads must call it.
+// Merges over the warps: lane l of warp 0 gets the result for channel l of the tile. All threads must call.
 template <typename P, int kChannels>
 __device__ P merge_warps(P mine, P (&slots)[kWarps][kChannels]) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;

@@ -1,18 +1,19 @@
 // Spectral normalization of a whole list of weights on CUDA: one power iteration and W / sigma, and backward.
 //
-// forward    update:  t = W v,  u = t / max(|t|, eps);   s = W'u,  v = s / max(|s|, eps);   sigma = u'W v, which
-//            is |s|^2 / max(|s|, eps): no third product.    eval:  u and v stay, sigma = u'(W v)
+// forward    update: t = W v, u = t / max(|t|, eps); s = W'u, v = s / max(|s|, eps); sigma = u'W v, which is
+//            |s|^2 / max(|s|, eps): no third product. eval: u and v stay, sigma = u'(W v).
 //            W_sn = W / sigma, in the dtype that the convolution wants
 // backward   dW = G / sigma - (<G, W> / sigma^2) u v', as u and v are constants of the iteration
-// layout     a weight (out, in, ...) is the matrix of its rows and columns as they lie in memory, row-major or
-//            channels_last; only v, which is in logical order, is reached through `logical`. A block owns a
-//            few whole rows, its tile: a thread reads the same columns of all of them, kVector<T> at a time.
+// layout     a weight (out, in, ...) is the matrix of its rows and columns as they lie in memory, row-major
+//            or channels_last; only v, which is in logical order, is reached through `logical`. A block owns
+//            a few whole rows, its tile: a thread reads the same columns of all, kVector<T> at a time.
 // launches   update three, eval two, backward two; kLayers weights each, more weights in further launches.
 //            (1) t of a tile; then, while the tile is in the L1 cache, its part t'W of the column sums
-//            (2) 32 * kVector columns a block: s from the parts of all tiles, parts of |s|^2;  u = t / |t|
-//            (3) tiles again: every block adds up |s|^2 and scales its rows;  v = s / |s|
-// bytes      W is read by (1) and by (3) and W_sn is written; the parts are 1 / tile_rows of W, both ways.
-//            The five matrices of a DCGAN discriminator (11 MB at ndf = 64) stay in the L2 cache throughout.
+//            (2) 32 * kVector columns a block: s from the parts of all tiles, parts of |s|^2; u = t / |t|
+//            (3) tiles again: every block adds up |s|^2 and scales its rows; v = s / |s|
+// bytes      forward: W is read by (1) and by (3), W_sn is written; the parts are 1 / tile_rows of W, written
+//            and read. backward: W once, G twice, dW written. The five matrices of a DCGAN discriminator
+//            (11 MB at ndf = 64) stay in the L2 cache throughout.
 // precision  fp32 (fp64 for double); fixed orders of addition and no atomics: two runs are bitwise equal
 // sources    Miyato et al. 2018; torch.nn.utils.parametrizations.spectral_norm, which it equals step by step
 #include "cuda_common.cuh"
@@ -63,8 +64,8 @@ struct Tile {
   __device__ int64_t offset(const Layer<T>& l, int r, int j) const { return int64_t(row + r) * l.cols + j; }
 };
 
-// Columns [j, j + V) of the tile's rows in a matrix shaped like the weight; zeros below the last row. All loads
-// are in flight before the first is used.
+// Columns [j, j + V) of the tile's rows in a matrix shaped like the weight, zeros below the last row. All
+// loads are in flight before the first is used.
 template <int V, typename T, typename S>
 __device__ void load_rows(const Layer<T>& l, const Tile<T>& tile, const S* from, int j,
                           Vector<S, V> (&rows)[kTileRows]) {
@@ -72,6 +73,15 @@ __device__ void load_rows(const Layer<T>& l, const Tile<T>& tile, const S* from,
   for (int r = 0; r < kTileRows; ++r)
     rows[r] = r < tile.rows ? load<V>(from + tile.offset(l, r, j)) : Vector<S, V>{};
 }
+
+// x / sigma. Where one side is a half type, the rounding of 1 / sigma is lost in that of the half type, and a
+// product is several times cheaper than a division.
+template <typename O, typename T>
+struct Divide {
+  T sigma, inverse;
+  __device__ explicit Divide(T s) : sigma(s), inverse(1 / s) {}
+  __device__ T operator()(T x) const { return std::is_same_v<O, T> ? x / sigma : x * inverse; }
+};
 
 // ---------------------------------------------------------------------------------------------- forward
 // t of the tile's rows, in every thread.
@@ -136,14 +146,15 @@ __global__ void __launch_bounds__(kThreads, 1) sn_columns(const __grid_constant_
   int layer = 0;
   while (layer + 1 < all.count && all.at[layer + 1].first_column_block <= int(blockIdx.x)) ++layer;
   const Layer<T>& l = all.at[layer];
-  const int block = blockIdx.x - l.first_column_block, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int block = blockIdx.x - l.first_column_block, mine = block * kColumns + lane * V;
 
   __shared__ Vector<T, V> slots[kWarps][kLanes];
   Vector<T, V> sum{};
-  if (block * kColumns + lane * V < l.padded_cols)
+  if (mine < l.padded_cols)
 #pragma unroll 4
     for (int tile = warp; tile < l.tiles; tile += kWarps) {
-      const auto part = load<V>(l.parts + int64_t(tile) * l.padded_cols + block * kColumns + lane * V);
+      const auto part = load<V>(l.parts + int64_t(tile) * l.padded_cols + mine);
       for (int e = 0; e < V; ++e) sum.at[e] += part.at[e];
     }
   slots[warp][lane] = sum;
@@ -151,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1) sn_columns(const __grid_constant_
   T square = 0;
   for (int tile = threadIdx.x; tile < l.tiles; tile += kThreads) square += l.tile_sums[tile];
   const T norm = max(sqrt(block_sum(square)), all.eps);  // block_sum is a barrier for the slots, too
-  for (int r = block * kThreads + threadIdx.x; r < l.rows; r += l.column_blocks * kThreads)
+  for (int64_t r = block * kThreads + threadIdx.x; r < l.rows; r += int64_t(l.column_blocks) * kThreads)
     l.new_u[r] = l.t[r] / norm;
 
   const int j = block * kColumns + threadIdx.x;
@@ -167,13 +178,14 @@ __global__ void __launch_bounds__(kThreads, 1) sn_columns(const __grid_constant_
 
 template <int V, typename T, typename O>
 __device__ void scale_tile(const Layer<T>& l, const Tile<T>& tile, T sigma, O* out) {
+  const Divide<O, T> scale(sigma);
   for (int j = threadIdx.x * V; j < l.cols; j += kThreads * V) {
     Vector<T, V> w[kTileRows];
     load_rows(l, tile, l.weight, j, w);
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
       Vector<O, V> scaled;
-      for (int e = 0; e < V; ++e) scaled.at[e] = O(w[r].at[e] / sigma);
+      for (int e = 0; e < V; ++e) scaled.at[e] = O(scale(w[r].at[e]));
       if (r < tile.rows) store(out + tile.offset(l, r, j), scaled);
     }
   }
@@ -182,18 +194,18 @@ template <typename T, typename O>
 __global__ void __launch_bounds__(kThreads, 1) sn_scale(const __grid_constant__ Layers<T> all) {
   const Tile<T> tile(all);
   const Layer<T>& l = all.at[tile.layer];
+  const int64_t begin = int64_t(tile.index) * kThreads + threadIdx.x, stride = int64_t(l.tiles) * kThreads;
   T sum = 0, sigma;
   if (all.update) {
     for (int i = threadIdx.x; i < l.column_blocks; i += kThreads) sum += l.column_sums[i];
     const T norm = sqrt(block_sum(sum)), bounded = max(norm, all.eps);
-    for (int j = tile.index * kThreads + threadIdx.x; j < l.cols; j += l.tiles * kThreads)
-      l.new_v[l.logical(j)] = l.s[j] / bounded;
+    for (int64_t j = begin; j < l.cols; j += stride) l.new_v[l.logical(j)] = l.s[j] / bounded;
     sigma = norm * (norm / bounded);
   } else {
     for (int i = threadIdx.x; i < l.tiles; i += kThreads) sum += l.tile_sums[i];
     sigma = block_sum(sum);
-    for (int r = tile.index * kThreads + threadIdx.x; r < l.rows; r += l.tiles * kThreads) l.new_u[r] = l.u[r];
-    for (int j = tile.index * kThreads + threadIdx.x; j < l.cols; j += l.tiles * kThreads) l.new_v[j] = l.v[j];
+    for (int64_t r = begin; r < l.rows; r += stride) l.new_u[r] = l.u[r];
+    for (int64_t j = begin; j < l.cols; j += stride) l.new_v[j] = l.v[j];
   }
   if (tile.index == 0 && threadIdx.x == 0) all.sigmas[tile.layer] = sigma;
   O* out = static_cast<O*>(l.out);
@@ -226,6 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1) sn_dots(const __grid_constant__ L
 
 template <int V, typename T, typename O>
 __device__ void gradient_tile(const Layer<T>& l, const Tile<T>& tile, T sigma, T factor, const O* grad) {
+  const Divide<O, T> scale(sigma);
   T u[kTileRows];
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) u[r] = r < tile.rows ? factor * l.u[tile.row + r] : 0;
@@ -237,7 +250,7 @@ __device__ void gradient_tile(const Layer<T>& l, const Tile<T>& tile, T sigma, T
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
       Vector<T, V> dw;
-      for (int e = 0; e < V; ++e) dw.at[e] = T(g[r].at[e]) / sigma - u[r] * v[e];
+      for (int e = 0; e < V; ++e) dw.at[e] = scale(T(g[r].at[e])) - u[r] * v[e];
       if (r < tile.rows) store(static_cast<T*>(l.out) + tile.offset(l, r, j), dw);
     }
   }
@@ -250,7 +263,8 @@ __global__ void __launch_bounds__(kThreads, 1) sn_gradient(const __grid_constant
   T dot = 0;
   for (int i = threadIdx.x; i < l.tiles; i += kThreads) dot += l.tile_sums[i];
   const T sigma = all.sigmas[tile.layer], factor = block_sum(dot) / (sigma * sigma);
-  l.vectors ? gradient_tile<kVector<T>>(l, tile, sigma, factor, grad) : gradient_tile<1>(l, tile, sigma, factor, grad);
+  l.vectors ? gradient_tile<kVector<T>>(l, tile, sigma, factor, grad)
+            : gradient_tile<1>(l, tile, sigma, factor, grad);
 }
 
 // ---------------------------------------------------------------------------------------------- launchers
@@ -262,7 +276,7 @@ class Plan {
 
   void add(const Tensor& weight, const Tensor& u, const Tensor& v) {
     const SnSizes s = sn_sizes(weight);
-    check(s.cols < 1 << 30 && s.rows < 1 << 30, "spectral_norm: too large for 32-bit columns: ", shape(weight));
+    check(s.cols < 1 << 30 && s.rows < 1 << 30, "spectral_norm: too many rows or columns: ", shape(weight));
     Layer<T> l{};
     l.weight = weight.const_data_ptr<T>(), l.u = u.const_data_ptr<T>(), l.v = v.const_data_ptr<T>();
     l.rows = s.rows, l.cols = s.cols, l.taps = s.taps, l.ins = s.channels_last ? s.cols / s.taps : 0;
@@ -304,7 +318,8 @@ class Plan {
       return from;
     };
     l.parts = take(update ? int64_t(l.tiles) * l.padded_cols : 0);
-    l.s = take(l.cols), l.t = take(l.rows), l.tile_sums = take(l.tiles), l.column_sums = take(l.column_blocks);
+    l.s = take(l.cols), l.t = take(l.rows);
+    l.tile_sums = take(l.tiles), l.column_sums = take(l.column_blocks);
     return used;
   }
 };
@@ -317,8 +332,8 @@ std::vector<Tensor> each(const std::vector<Tensor>& from, Tensor (*make)(const T
 Tensor contiguous(const Tensor& t) { return as(t, t.scalar_type()); }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> spectral_norm_cuda(
-    const std::vector<Tensor>& weights_any, const std::vector<Tensor>& us_any, const std::vector<Tensor>& vs_any,
-    double eps, bool update, std::optional<ScalarType> out_dtype) {
+    const std::vector<Tensor>& weights_any, const std::vector<Tensor>& us_any,
+    const std::vector<Tensor>& vs_any, double eps, bool update, std::optional<ScalarType> out_dtype) {
   check_spectral_norm(weights_any, us_any, vs_any);
   const auto type = sn_out_dtype(weights_any, out_dtype);
   torch::stable::accelerator::DeviceGuard guard(weights_any[0].get_device_index());
@@ -349,8 +364,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
 }
 
 std::vector<Tensor> spectral_norm_backward_cuda(
-    const std::vector<Tensor>& grads_any, const std::vector<Tensor>& weights_any, const std::vector<Tensor>& us_any,
-    const std::vector<Tensor>& vs_any, const Tensor& sigmas) {
+    const std::vector<Tensor>& grads_any, const std::vector<Tensor>& weights_any,
+    const std::vector<Tensor>& us_any, const std::vector<Tensor>& vs_any, const Tensor& sigmas) {
   check_spectral_norm_backward(grads_any, weights_any, us_any, vs_any, sigmas);
   torch::stable::accelerator::DeviceGuard guard(sigmas.get_device_index());
   const auto weights = each(weights_any, dense), us = each(us_any, contiguous), vs = each(vs_any, contiguous);
