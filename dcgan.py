@@ -223,7 +223,8 @@ def key(*parts):
 def say(*lines):
     """Print, on the first process only, and above the progress bar if there is one."""
     if RANK == 0:
-        tqdm.write("\n".join(lines), file=sys.stdout)
+        text = "\n".join(lines).encode(errors="replace").decode()  # names of files can hold any bytes
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -345,15 +346,12 @@ def decode(data, nc):
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:  # reads the header, decodes nothing yet
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels; {MAX_PIXELS:,} are allowed")
-        # torchvision is the faster, but takes half a JPEG for a whole one and drops what is transparent
-        whole = picture.format == "PNG" or (picture.format == "JPEG" and data.endswith(b"\xff\xd9"))
-        if whole and picture.mode in ("RGB", "L") and "transparency" not in picture.info:
+        # torchvision is the faster, but takes half a JPEG for a whole one, and crashes on damaged PNGs
+        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and data.endswith(b"\xff\xd9"):
             mode = torchvision.io.ImageReadMode.RGB if nc == 3 else torchvision.io.ImageReadMode.GRAY
-            with contextlib.suppress(RuntimeError):  # what it refuses, Pillow may read
+            with contextlib.suppress(RuntimeError, AttributeError):  # what it refuses, Pillow may read
                 raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                x = torchvision.io.decode_image(raw, mode, apply_exif_orientation=True)
-                if x.dtype == torch.uint8:  # not 16 bits a channel
-                    return x
+                return torchvision.io.decode_image(raw, mode, apply_exif_orientation=True)
         picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
             x = np.asarray(picture, np.float64)
@@ -436,8 +434,9 @@ class Pictures(torch.utils.data.Dataset):
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
                 return fit_picture(self.read(i), self.c.image_size, self.c.fit)
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
-            name = str(getattr(self.names[i], "filename", self.names[i])).encode(errors="replace").decode()
-            return f"{name}: {type(e).__name__}: " + " ".join(str(e).split())
+            return f"{getattr(self.names[i], 'filename', self.names[i])}: {type(e).__name__}: " + " ".join(
+                str(e).split()
+            )
 
 
 def sort_out(items):
@@ -448,7 +447,7 @@ def sort_out(items):
 
 def too_many(bad, n, c):
     """Raise UserError if more than the share --max-bad of n pictures are in `bad`, the words about them."""
-    if len(bad) > c.max_bad * n:
+    if len(bad) > c.max_bad * n or len(bad) == n:
         what = f"more than --max-bad {c.max_bad:.1%} of {n} pictures cannot be read"
         raise UserError("\n  ".join([what, *bad[:100]]))
 
