@@ -202,7 +202,8 @@ def _sn_backward(ctx, grads, *_):
     weights, us, vs, sigmas = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n], saved[-1]
     grads = [torch.zeros_like(w, dtype=ctx.dtype) if g is None else g for g, w in zip(grads, weights, strict=True)]
     result = torch.ops.dcgan.spectral_norm_backward(grads, list(weights), list(us), list(vs), sigmas)
-    return result, None, None, None, None, None
+    nothing = [None] * n
+    return result, nothing, nothing, None, None, None
 
 
 def _no_second_derivative(name):
