@@ -189,8 +189,8 @@ def pybind11_include():
         return []  # torch brings a copy of the headers
 
 
-def build_command(say, failed):
-    """-> the build_ext command: each library on its own; say(kind, text) what became of it."""
+def build_command(say):
+    """-> the build_ext command: each library on its own; say(kind, "built" or why not)."""
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildEach(BuildExtension):
@@ -207,7 +207,6 @@ def build_command(say, failed):
                 except (Exception, SystemExit) as error:  # torch and setuptools raise what they like
                     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
                     say(kind, f"did not compile: {lines[0][:200]}")
-                    failed(kind, error)
                 vars(self.compiler).clear()
                 vars(self.compiler).update(compiler)  # torch wraps its methods anew for each
             self.extensions = built
@@ -221,16 +220,15 @@ def main(kind, into):
 
     into = os.path.abspath(into)
     os.chdir(HERE.parent)  # setuptools wants relative paths to sources
-    errors = []
+    said = {}
     dist = Distribution({"name": "dcgan_ops", "ext_modules": [extension(kind, HERE.name)]})
-    command = build_command(lambda kind, text: print(f"{kind}: {text}"), lambda kind, error: errors.append(error))
-    dist.cmdclass["build_ext"] = command
+    dist.cmdclass["build_ext"] = build_command(said.__setitem__)
     build = dist.get_command_obj("build_ext")
     build.build_temp, build.build_lib = os.path.join(into, "temp"), os.path.join(into, "lib")
     build.ensure_finalized()
     build.run()
-    if errors:
-        raise SystemExit(1)
+    if said[kind] != "built":
+        raise SystemExit(f"cannot build: {said[kind]}")
     os.replace(os.path.join(into, "lib", "dcgan_ops", file_name(kind)), os.path.join(into, file_name(kind)))
 
 
