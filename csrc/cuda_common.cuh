@@ -2,6 +2,9 @@
 // A block has kThreads threads in kWarps warps. Every reduction combines its values in an order that depends
 // on the shapes and on the device only, never on which block ran first: results are bitwise reproducible.
 #pragma once
+#ifndef USE_CUDA  // then torch's headers declare the current stream and the error checks
+#define USE_CUDA
+#endif
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
