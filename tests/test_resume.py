@@ -1,0 +1,381 @@
+"""N steps in one go are k steps, a stop, --resume and N - k steps: to the bit, whatever stopped the run."""
+
+import json
+import os
+import signal
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from runs import leftovers, rows, same, same_run, saved, snapshot, stop_after
+
+import dcgan
+
+pytest_plugins = "runs"
+
+STEPS = 13  # 104 places of the stream: two whole epochs of 36 and most of a third
+OFTEN = f"--steps {STEPS} --report-every 4 --sample-every 6 --save-every 5 --keep 2"
+EDGES = [
+    1,
+    5,
+    7,
+    8,
+    9,
+    12,
+]  # the first; a save's; between two reports; a report's; an epoch's (72 = 9 * 8); the last but one
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, data, cache):
+    """-> a function that gives the folder of an uninterrupted run; made once for each command line."""
+    made = {}
+
+    def whole(arguments, *more, preset="demo"):
+        name = " ".join([preset, *map(str, more)])
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("whole") / "run"
+            assert dcgan.main(arguments(made[name], *more, preset=preset)) == 0
+        return made[name]
+
+    return whole
+
+
+def stop_and_resume(arguments, folder, steps, *more, preset="demo"):
+    """A run that SIGTERM stops at each of `steps`, and that is taken up again each time."""
+    for resume, step in enumerate(steps):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            stop_after(monkeypatch, step)
+            argv = ["--run", str(folder), "--resume"] if resume else arguments(folder, *more, preset=preset)
+            assert dcgan.main(argv) == 143
+        assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == step
+    assert dcgan.main(["--run", str(folder), "--resume"]) == 0
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("preset", dcgan.PRESETS)
+def test_every_preset_goes_on_as_if_it_had_never_stopped(arguments, whole, tmp_path, preset):
+    stop_and_resume(arguments, tmp_path / "run", EDGES, OFTEN, preset=preset)
+    same_run(whole(arguments, OFTEN, preset=preset), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("preset", dcgan.PRESETS)
+def test_every_preset_goes_on_from_each_single_step(arguments, whole, tmp_path, preset, step):
+    stop_and_resume(arguments, tmp_path / "run", [step], OFTEN, preset=preset)
+    same_run(whole(arguments, OFTEN, preset=preset), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_threads_go_on_to_the_bit_as_well(arguments, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert dcgan.main(arguments(tmp_path / "whole", OFTEN, "--ngf 16 --ndf 16")) == 0
+        stop_and_resume(arguments, tmp_path / "run", [7], OFTEN, "--ngf 16 --ndf 16")
+    finally:
+        torch.set_num_threads(threads)
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--precision bf16",
+        "--precision bf16 --noise 0.3 --ema 0.9",
+        "--noise 0.2 --noise-steps 10 --flips",  # the noise ends between the stop and the end
+        "--spectral-norm --dropout2d 0.3 --update fresh",
+        "--update simultaneous --ema 0 --noise 0",
+        "--update simultaneous --dropout2d 0.3 --spectral-norm",
+        "--nc 1 --optimizer adamw --weight-decay 0.1 --loss mean --real-label 0.9",
+    ],
+)
+def test_every_ingredient_goes_on(arguments, whole, tmp_path, options):
+    stop_and_resume(arguments, tmp_path / "run", [7], OFTEN, options)
+    same_run(whole(arguments, OFTEN, options), tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """Skips where the fused kernels cannot be had."""
+    try:
+        return dcgan.choose_ops(True, torch.device("cpu"))
+    except dcgan.UserError as e:
+        pytest.skip(f"no fused kernels: {e}")
+
+
+@pytest.mark.parametrize("preset", dcgan.PRESETS)
+def test_fused_kernels_go_on_too(kernels, arguments, whole, tmp_path, preset):
+    stop_and_resume(arguments, tmp_path / "run", [5, 7], OFTEN, "--fused", preset=preset)
+    same_run(whole(arguments, OFTEN, "--fused", preset=preset), tmp_path / "run")
+
+
+def test_a_plain_run_is_taken_up_with_fused_kernels_and_back(kernels, arguments, tmp_path):
+    assert dcgan.main(arguments(tmp_path, OFTEN, "--steps 5")) == 0
+    assert dcgan.main(["--run", str(tmp_path), "--resume", "--fused", "--steps", "9"]) == 0
+    assert dcgan.main(["--run", str(tmp_path), "--resume", "--no-fused", "--steps", str(STEPS)]) == 0
+    assert saved(tmp_path / "checkpoint.pt")["step"] == STEPS
+
+
+def test_a_run_ended_by_steps_is_extended_by_steps(arguments, whole, tmp_path):
+    # the noise falls over the length at the first start; a length of its own makes both runs the same experiment
+    noise = "--noise-steps 13"
+    assert dcgan.main(arguments(tmp_path, OFTEN, noise, "--steps 6")) == 0
+    assert dcgan.main(["--run", str(tmp_path), "--resume", "--steps", str(STEPS)]) == 0
+    for name in ("checkpoint.pt", "generator.pt"):  # samples: the first end drew one that the whole run does not
+        same(saved(whole(arguments, OFTEN, noise) / name), saved(tmp_path / name), name)
+    same(rows(whole(arguments, OFTEN, noise)), rows(tmp_path), "log.jsonl")
+
+
+def test_a_run_ended_by_epochs_is_extended_by_epochs(arguments, tmp_path):
+    options = "--noise-steps 13 --report-every 4 --sample-every 6"
+    epochs = "--steps 0 --epochs"
+    assert dcgan.main(arguments(tmp_path / "a", options, epochs, 2)) == 0
+    assert saved(tmp_path / "a" / "checkpoint.pt")["step"] == 9
+    assert dcgan.main(["--run", str(tmp_path / "a"), "--resume", "--epochs", "3"]) == 0
+    assert dcgan.main(arguments(tmp_path / "b", options, epochs, 3)) == 0
+    for name in ("checkpoint.pt", "generator.pt"):
+        same(saved(tmp_path / "b" / name), saved(tmp_path / "a" / name), name)
+    same(rows(tmp_path / "b"), rows(tmp_path / "a"), "log.jsonl")
+
+
+def test_epochs_extend_a_run_that_steps_had_limited(arguments, tmp_path):
+    assert dcgan.main(arguments(tmp_path, "--steps 3")) == 0
+    assert dcgan.main(["--run", str(tmp_path), "--resume", "--epochs", "2"]) == 0
+    assert saved(tmp_path / "checkpoint.pt")["step"] == 9
+
+
+def test_the_noise_falls_over_the_length_that_the_run_had_at_its_start(arguments, tmp_path, monkeypatch):
+    """Extending a run must not bring back noise that had ended."""
+    assert dcgan.main(arguments(tmp_path, "--noise 0.5 --steps 4")) == 0
+    noises, plain = [], dcgan.draw_inputs
+    monkeypatch.setattr(dcgan, "draw_inputs", lambda *a: noises.append(plain(*a)[2]) or plain(*a))
+    assert dcgan.main(["--run", str(tmp_path), "--resume", "--steps", "6"]) == 0
+    assert noises == [[0.0] * 3] * 2
+
+
+def test_a_time_limit_stops_it_and_resume_goes_on(arguments, whole, tmp_path, monkeypatch, capsys):
+    now, plain = [0.0], dcgan.train_step
+
+    def a_second_a_step(*args):
+        now[0] += 1
+        return plain(*args)
+
+    monkeypatch.setattr(dcgan, "train_step", a_second_a_step)
+    clock = types.SimpleNamespace(**{name: getattr(dcgan.time, name) for name in ("time", "sleep")})
+    clock.monotonic = lambda: now[0]
+    monkeypatch.setattr(dcgan, "time", clock)
+    assert dcgan.main(arguments(tmp_path / "run", OFTEN, "--time-limit 4.5s")) == 0
+    assert saved(tmp_path / "run" / "checkpoint.pt")["step"] == 5
+    assert "stopped at step 5 of 13" in capsys.readouterr().out
+    # what a user types next must finish the run: the limit was one of that start, not of the run
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume"]) == 0
+    assert saved(tmp_path / "run" / "checkpoint.pt")["step"] == STEPS
+    same_run(whole(arguments, OFTEN), tmp_path / "run")
+
+
+def test_ctrl_c_is_as_good_as_sigterm(arguments, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert dcgan.main(arguments(tmp_path / "run", OFTEN)) == 130
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume"]) == 0
+    same_run(whole(arguments, OFTEN), tmp_path / "run")
+
+
+def test_a_fresh_process_goes_on_with_nothing_but_the_folder(arguments, whole, tmp_path, monkeypatch, start):
+    """Nothing that a resumed run needs may live in the process that began it."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert dcgan.main(arguments(tmp_path / "run", OFTEN)) == 143
+    run = start(["--run", tmp_path / "run", "--resume"])
+    assert run.wait() == 0, run.output
+    same_run(whole(arguments, OFTEN), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------ what may change
+
+
+def another(name):
+    """-> a value for an option that differs from the one of the test's run."""
+    f, old = dcgan.FIELDS[name], getattr(dcgan.config("demo"), name)
+    if f.metadata["choices"]:
+        return next(choice for choice in f.metadata["choices"] if choice != old)
+    return {bool: not old, int: 8 if name in ("nz", "ngf", "ndf") else 3, float: 0.123, str: "elsewhere"}[f.type]
+
+
+FIXED = [name for name in dcgan.FIELDS if name not in dcgan.MAY_CHANGE]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, data, cache):
+    """A run of 3 steps that nobody may touch."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    tiny = "--preset demo --image-size 16 --nz 6 --ngf 4 --ndf 4 --batch-size 8 --samples 4 --workers 0 --steps 3"
+    assert dcgan.main([*tiny.split(), "--data", str(data), "--cache", str(cache), "--run", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_makes_the_experiment_cannot_change(short, name, capsys):
+    value, before = another(name), snapshot(short)
+    value = {"image_size": 32, "noise_steps": 9}.get(name, value)
+    flag = "--" + name.replace("_", "-")
+    words = [flag, str(value)] if not isinstance(value, bool) else [flag if value else "--no-" + flag[2:]]
+    capsys.readouterr()
+    assert dcgan.main(["--run", str(short), "--resume", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error and repr(value) in error, error
+    assert snapshot(short) == before
+
+
+def test_what_was_given_again_unchanged_is_no_change(short, data):
+    argv = ["--preset", "demo", "--image-size", "16", "--nz", "6", "--seed", "0", "--batch-size", "8"]
+    assert dcgan.main([*argv, "--data", str(data), "--run", str(short), "--resume"]) == 0
+
+
+def test_the_options_that_may_change_do(arguments, tmp_path):
+    """All of DESIGN §3: lengths, time limit, device, precision, fused, workers and intervals."""
+    promised = "epochs steps time_limit device precision fused workers sample_every report_every save_every keep cache"
+    assert set(promised.split()) <= dcgan.MAY_CHANGE
+    assert dcgan.main(arguments(tmp_path / "run", OFTEN, "--steps 4")) == 0
+    (tmp_path / "run").rename(tmp_path / "elsewhere")  # a run may be moved
+    changes = "--steps 8 --time-limit 2h --device cpu --precision bf16 --workers 0 --sample-every 3 --report-every 2 "
+    argv = [*changes.split(), "--save-every", "1", "--keep", "1", "--cache", str(tmp_path / "cache")]
+    assert dcgan.main(["--run", str(tmp_path / "elsewhere"), "--resume", *argv]) == 0
+    run = tmp_path / "elsewhere"
+    assert [row["step"] for row in rows(run)] == [4, 6, 8]
+    assert (run / "samples" / "step_000006.png").exists() and any((tmp_path / "cache").iterdir())
+    config = json.loads((run / "config.json").read_text())
+    assert config["precision"] == "bf16" and config["run"] == str(run)
+    assert len(list((run / "snapshots").iterdir())) == 1
+
+
+def test_a_preset_is_kept_whatever_the_default_of_the_next_start_would_be(arguments, tmp_path):
+    """--run and --resume are enough: nobody has to repeat the preset or the data."""
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 2", preset="keras")) == 0
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume", "--steps", "3"]) == 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["preset"] == "keras"
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def test_lines_samples_and_snapshots_past_the_checkpoint_are_cut(arguments, whole, tmp_path):
+    """A run killed after its last checkpoint has left more behind than the checkpoint knows."""
+    run = tmp_path / "run"
+    assert dcgan.main(arguments(run, OFTEN, "--steps 5 --noise-steps 13")) == 0
+    old = (run / "checkpoint.pt").read_bytes()
+    assert dcgan.main(["--run", str(run), "--resume", "--steps", "11"]) == 0
+    (run / "checkpoint.pt").write_bytes(old)  # now the folder is ahead of it
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"step": 12, "epo')
+    (run / "samples" / ".step_000011.png.half").write_bytes(b"half")
+    (run / ".checkpoint.pt.half").write_bytes(b"half")
+    files = []
+
+    def look():
+        files.extend(str(p.relative_to(run)) for p in run.rglob("*"))
+        files.append((run / "log.jsonl").read_text())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_after(monkeypatch, 6, look)  # before the first step after the checkpoint
+        assert dcgan.main(["--run", str(run), "--resume", "--steps", str(STEPS)]) == 0
+    *files, log = files
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [4]
+    assert not [f for f in files if f.endswith(".half")]
+    numbers = [int(Path(f).stem.split("_")[1]) for f in files if Path(f).stem[-6:].isdigit()]
+    assert max(numbers) <= 5 and numbers
+    options = OFTEN, "--noise-steps 13"
+    same(saved(whole(arguments, *options) / "checkpoint.pt"), saved(run / "checkpoint.pt"), "checkpoint.pt")
+    same(rows(whole(arguments, *options)), rows(run), "log.jsonl")
+
+
+def test_a_second_start_in_the_folder_of_a_run_touches_nothing(short, arguments, capsys):
+    before = snapshot(short)
+    assert dcgan.main(arguments(short)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--resume" in error and str(short) in error
+    assert snapshot(short) == before
+
+
+def test_a_checkpoint_without_its_config_is_not_overwritten(short, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes((short / "checkpoint.pt").read_bytes())
+    before = snapshot(run)
+    assert dcgan.main(arguments(run, "--steps 1")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert snapshot(run) == before
+
+
+def test_resume_without_a_run_says_so(tmp_path, capsys):
+    assert dcgan.main(["--run", str(tmp_path / "nowhere"), "--resume"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(arguments, whole, tmp_path):
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_after(monkeypatch, 4, lambda: (_ for _ in ()).throw(dcgan.UserError("the power went")))
+        assert dcgan.main(arguments(run, OFTEN, "--save-every 99")) == 2
+    assert not (run / "checkpoint.pt").exists() and (run / "samples" / "step_000002.png").exists()
+    assert dcgan.main(["--run", str(run), "--resume", "--save-every", "5"]) == 0
+    same_run(whole(arguments, OFTEN), run)
+
+
+def test_a_checkpoint_that_was_moved_away_does_not_cost_the_snapshots(arguments, tmp_path, capsys):
+    """A damaged checkpoint's message points at snapshots/: they must not go when it is taken away."""
+    run = tmp_path / "run"
+    assert dcgan.main(arguments(run, OFTEN)) == 0
+    (run / "checkpoint.pt").rename(tmp_path / "damaged.pt")
+    before = snapshot(run)
+    assert dcgan.main(["--run", str(run), "--resume"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert snapshot(run) == before
+
+
+def test_files_of_the_users_own_in_the_folder_do_no_harm(arguments, tmp_path):
+    assert dcgan.main(arguments(tmp_path, "--steps 2")) == 0
+    own = [tmp_path / "snapshots" / "generator_best.pt", tmp_path / "samples" / "step_nice.png", tmp_path / "notes.txt"]
+    for file in own:
+        file.write_bytes(b"mine")
+    assert dcgan.main(["--run", str(tmp_path), "--resume", "--steps", "3"]) == 0
+    assert [file.read_bytes() for file in own] == [b"mine"] * 3
+
+
+def test_a_log_that_was_damaged_costs_only_its_own_lines(arguments, tmp_path):
+    run = tmp_path / "run"
+    assert dcgan.main(arguments(run, "--steps 4 --report-every 1")) == 0
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "log.jsonl").write_bytes(lines[0] + b"\0\0\0\xff\xfe\n" + b"null\n7\n" + lines[1][:9] + b"\n" + lines[3])
+    assert dcgan.main(["--run", str(run), "--resume", "--steps", "5"]) == 0
+    assert [row["step"] for row in rows(run)] == [1, 4, 5]
+
+
+def test_snapshots_and_samples_keep_their_order_beyond_a_million_steps(arguments, tmp_path):
+    """step_1000000 comes before step_999999 in the alphabet: the newest would be thrown away."""
+    run = tmp_path / "run"
+    assert dcgan.main(arguments(run, "--steps 2 --keep 2")) == 0
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["step"] = 999_995
+    torch.save(checkpoint, run / "checkpoint.pt")
+    assert dcgan.main(["--run", str(run), "--resume", "--steps", "1000010", "--sample-every", "1"]) == 0
+    kept = sorted(int(p.stem.split("_")[1]) for p in (run / "snapshots").iterdir())
+    assert len(kept) == 2 and min(kept) >= 1_000_000, kept
+
+
+def test_pictures_that_changed_between_two_starts_are_mentioned(arguments, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(12):
+        dcgan.draw_face(i, 16).save(data / f"{i}.png")
+    argv = arguments(tmp_path / "run", "--steps 2")
+    argv[argv.index("--data") + 1] = str(data)
+    assert dcgan.main(argv) == 0
+    (data / "3.png").unlink()
+    capsys.readouterr()
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume", "--steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "12" in out and "11" in out, out
+    assert saved(tmp_path / "run" / "checkpoint.pt")["step"] == 4
