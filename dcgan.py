@@ -456,7 +456,7 @@ def decode_all(pictures, c, folder):
     """Decode in parallel into folder/pictures.u8, (n, nc, H, W) uint8 in the order of names; and index.json."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
-    loader = torch.utils.data.DataLoader(pictures, 64, num_workers=workers, collate_fn=sort_out)
+    loader = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=sort_out)
     left_out, n = [], 0
     with written_whole(folder / "pictures.u8") as file, progress(len(pictures), "decoding", "img") as bar:
         for good, bad in loader:
@@ -465,7 +465,7 @@ def decode_all(pictures, c, folder):
             if good is not None:
                 file.write(good.numpy().data)
                 n += len(good)
-            bar.update(64)
+            bar.update(16)
     with written_whole(folder / "index.json") as file:
         index = {"shape": [n, c.nc, c.image_size, c.image_size], "left_out": left_out}
         file.write(json.dumps(index, indent=1).encode())
@@ -1072,6 +1072,8 @@ def set_up(c, given):
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     c.run = c.run or f"runs/{c.preset}-{Path(c.data).stem if c.data else 'drawn'}"
+    if c.resume and not Path(c.run).is_dir():
+        raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(c.run) / ".lock")  # held as long as the process lives
     try:
@@ -1116,6 +1118,26 @@ def set_up(c, given):
     return run
 
 
+def save_generator(run, path):
+    save(path, step=run.step, config=dataclasses.asdict(run.c), G=(run.ema or run.G).state_dict())
+
+
+def save_run(run):
+    """checkpoint.pt: all that the next step depends on.  generator.pt: what drawing needs."""
+    with open(run.folder / "log.jsonl", "ab") as log:
+        os.fsync(log.fileno())  # no line older than the checkpoint may be lost
+    state = {name: part.state_dict() for name, part in run.stateful.items()}
+    save(
+        run.folder / "checkpoint.pt",
+        step=run.step,
+        config=dataclasses.asdict(run.c),
+        sums=run.sums,
+        pictures=len(run.pictures),
+        **state,
+    )
+    save_generator(run, run.folder / "generator.pt")
+
+
 def open_folder(run):
     """Make the run's folder what it was at run.step: no later line, sample or snapshot, and nothing half written."""
     folder = run.folder
@@ -1136,6 +1158,8 @@ def open_folder(run):
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
     first = batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples).to(run.pictures.device)
     save_picture(grid(run.pictures[first].cpu()), folder / "samples" / "real.png")
+    if run.step:  # a kill may have come between checkpoint.pt and this
+        save_generator(run, folder / "generator.pt")
     run.spread = max(1e-3, run.pictures[:1000].float().std(0, correction=0).mean().item())  # of pixels, over pictures
 
 
@@ -1163,8 +1187,11 @@ def report(run, bar, seconds):
     bar.set_postfix_str(f"D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s", False)
     if RANK == 0:
         run.rows.append(row)
-        with open(run.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
+        try:
+            with open(run.folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {run.folder}/log.jsonl: {e.strerror}; checkpoint.pt is intact") from None
 
 
 def warn(run, x):
@@ -1189,26 +1216,6 @@ def sample(run):
         save_curves(run.rows, run.folder / "losses.png")
         if run.step >= run.c.sample_every and len(x) > 1:
             warn(run, x)
-
-
-def save_run(run):
-    """checkpoint.pt: all that the next step depends on.  generator.pt: what drawing needs."""
-    with open(run.folder / "log.jsonl", "ab") as log:
-        os.fsync(log.fileno())  # no line older than the checkpoint may be lost
-    state = {name: part.state_dict() for name, part in run.stateful.items()}
-    save(
-        run.folder / "checkpoint.pt",
-        step=run.step,
-        config=dataclasses.asdict(run.c),
-        sums=run.sums,
-        pictures=len(run.pictures),
-        **state,
-    )
-    save_generator(run, run.folder / "generator.pt")
-
-
-def save_generator(run, path):
-    save(path, step=run.step, config=dataclasses.asdict(run.c), G=(run.ema or run.G).state_dict())
 
 
 def end_epoch(run, epoch):
