@@ -387,10 +387,13 @@ void launch(const Tensor& dy, const Tensor& x, const BnSizes& sizes, const Backw
   bn_gradient<T, V, kLast><<<blocks, kThreads, 0, stream>>>(s, from_dy, from_x, p, partial, to);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
-// The widest access that sizes and pointers allow, in the layout of x.
+// The widest access that sizes and pointers allow, in the layout of x. Doubles go one by one: they are there
+// to be checked against, and every further kernel is compile time.
+template <typename T>
+constexpr int kWidest = std::is_same_v<T, double> ? 1 : kVector<T>;
 template <typename T, typename... Args>
 void launch_for(const BnSizes& s, bool aligned, Args&&... args) {
-  constexpr int V = kVector<T>;
+  constexpr int V = kWidest<T>;
   const bool last = s.inner == 1, vectors = aligned && (last ? s.channels : s.inner) % V == 0;
   if (last && vectors) return launch<T, V, true>(args...);
   if (last) return launch<T, 1, true>(args...);
@@ -404,7 +407,7 @@ Param<T> param(const OptionalTensor& t, ScalarType x) {
 }
 template <typename T>
 bool aligned(const Tensor& t) {
-  return is_aligned<kVector<T>>(t.const_data_ptr<T>());
+  return is_aligned<kWidest<T>>(t.const_data_ptr<T>());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cuda(
