@@ -3,6 +3,7 @@
 import itertools
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -413,7 +414,7 @@ def poisoned(monkeypatch):
 
 
 def log_of(c):
-    return [json.loads(line) for line in open(f"{c.run}/log.jsonl")]
+    return [json.loads(line) for line in Path(c.run, "log.jsonl").read_text().splitlines()]
 
 
 def test_skipped_steps_are_counted_and_stay_out_of_the_means(tiny, poisoned):

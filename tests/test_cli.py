@@ -1,0 +1,524 @@
+"""The command line's room: what it takes, what it writes where, and what it says when it cannot."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import random
+import re
+import signal
+import struct
+import sys
+import threading
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PRESETS, as_options, in_child, make_pictures
+from PIL import Image, ImageSequence
+from torchvision.transforms.v2 import functional as T
+
+import dcgan
+
+SMALL = "--image-size 16 --nz 8 --ngf 4 --ndf 4 --batch-size 8 --samples 5 --device cpu --precision fp32 --workers 0"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, faces, cache):
+    """A run of 14 steps, four and two thirds epochs, with an EMA -> its folder, what it printed, its exit code."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = [*SMALL.split(), "--data", faces, "--cache", cache, "--run", folder, "--ema", "0.5", "--lr", "0.01"]
+    words += ["--steps", 14, "--report-every", 2, "--sample-every", 4, "--save-every", 5, "--keep", 2, "--noise", 0.1]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = dcgan.main([str(word) for word in words])
+    return types.SimpleNamespace(folder=folder, out=out.getvalue(), err=err.getvalue(), code=code)
+
+
+@pytest.fixture
+def small(faces, cache, tmp_path):
+    """-> the words of a small run in tmp_path/run, and more."""
+    words = [*SMALL.split(), "--data", faces, "--cache", cache, "--run", tmp_path / "run"]
+    return lambda *more: [*words, *more]
+
+
+def pixels(path):
+    return T.pil_to_tensor(Image.open(path).convert("RGB"))
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def frames_of(path):
+    return [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(path))]
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def test_the_classic_spellings_work():
+    words = "--dataroot d --batchSize 8 --imageSize 32 --niter 3 --lr 0.1 --outf o --manualSeed 7 --beta1 0.4 --nz 9"
+    expected = dict(
+        data="d", batch_size=8, image_size=32, epochs=3, lr_g=0.1, lr_d=0.1, run="o", seed=7, beta1=0.4, nz=9
+    )
+    assert dcgan.read_options(words.split()) == expected
+
+
+def test_lr_sets_both_rates_and_a_rate_of_its_own_stands_above_it():
+    assert dcgan.read_options(["--lr-d", "4e-4", "--lr", "1e-4"]) == {"lr_g": 1e-4, "lr_d": 4e-4}
+
+
+def test_what_is_not_given_is_not_set():
+    assert dcgan.read_options([]) == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_field_of_config_is_an_option(preset):
+    c = dcgan.config(preset, data="some data", seed=3, resume=True, ema=0.25)
+    given = dcgan.read_options(as_options(c))
+    assert given == dataclasses.asdict(c)
+    assert dcgan.config(**given) == c
+
+
+def test_every_switch_can_be_set_both_ways():
+    for name, field in dcgan.FIELDS.items():
+        if field.type is bool:
+            word = name.replace("_", "-")
+            assert dcgan.read_options([f"--{word}"]) == {name: True}
+            assert dcgan.read_options([f"--no-{word}"]) == {name: False}
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_help_is_a_screen_and_a_half_and_tells_all(columns, run_main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    done = run_main("--help")
+    lines = done.out.splitlines()
+    assert done.code == 0 and done.err == "" and len(lines) <= 75
+    for name, field in dcgan.FIELDS.items():
+        assert f"--{name.replace('_', '-')}" in done.out
+        assert field.metadata["help"] and " ".join(field.metadata["help"].split()) in " ".join(done.out.split())
+    about = " ".join(done.out.split("presets:")[1].split())
+    assert all(f"{preset}, " in about for preset in PRESETS)
+    assert all(word in done.out for word in ("generate", "interpolate", "info"))
+
+
+def test_values_stand_above_the_preset_and_the_preset_above_the_defaults():
+    c = dcgan.config("mnist", lr_g=0.5)
+    assert (c.lr_g, c.lr_d, c.beta2, c.nc) == (0.5, 1e-4, 0.999, 1)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """-> what main would have trained: a list of Configs."""
+    configs = []
+    monkeypatch.setattr(dcgan, "train", lambda c, given: configs.append(c) or 0)
+    return configs
+
+
+@pytest.mark.parametrize("word", [[], ["train"]])
+def test_the_preset_follows_from_the_data(word, chosen, run_main, faces, tmp_path):
+    (tmp_path / "mnist_dir" / "MNIST" / "raw").mkdir(parents=True)
+    idx = tmp_path / "mnist_dir" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    idx.write_bytes(struct.pack(">IIII", 0x803, 1, 28, 28) + bytes(784))
+    run_main(*word)
+    run_main(*word, "--data", faces)
+    run_main(*word, "--data", tmp_path / "mnist_dir")
+    run_main(*word, "--data", idx)
+    run_main(*word, "--data", tmp_path / "mnist_dir", "--preset", "keras")
+    assert [c.preset for c in chosen] == ["demo", "classic", "mnist", "mnist", "keras"]
+    assert chosen[0].data == ""
+
+
+# ---------------------------------------------------------------------------------------- a run and its folder
+
+
+def test_a_run_ends_well_and_says_what_it_resolved(trained):
+    assert trained.code == 0 and trained.err == ""  # the bar stays away from what is no terminal
+    for words in (
+        rf"run +{trained.folder}, preset classic",
+        r"cpu, fp32, plain PyTorch, torch \d",
+        r"pictures +24 of .*faces",
+        r"Generator +output +parameters",
+        r"Discriminator +output +parameters",
+        r"in all +1,752",
+        r"done at step 14 of 14",
+        rf"dcgan.py generate {trained.folder}",
+    ):
+        assert re.search(words, trained.out), words
+    assert "\r" not in trained.out and "\x1b" not in trained.out
+
+
+def test_each_epoch_has_its_line(trained):
+    found = re.findall(r"^Epoch \[(\d)/(\d)\] \| D Loss: (\d+\.\d{4}) \| G Loss: (\d+\.\d{4})$", trained.out, re.M)
+    assert [(k, n) for k, n, _, _ in found] == [(str(k), "5") for k in (1, 2, 3, 4)]
+    assert trained.out.count("Epoch [") == 4
+
+
+def test_an_epochs_line_holds_the_means_of_its_steps(tmp_path, small, run_main):
+    done = run_main(*small("--epochs", 2, "--report-every", 1))
+    rows = log_of(tmp_path / "run")
+    found = re.findall(r"D Loss: (\S+) \| G Loss: (\S+)", done.out)
+    assert len(rows) == 6 and len(found) == 2
+    for (loss_d, loss_g), part in zip(found, (rows[:3], rows[3:]), strict=True):
+        assert float(loss_d) == pytest.approx(sum(row["loss_d"] for row in part) / 3, abs=1e-4)
+        assert float(loss_g) == pytest.approx(sum(row["loss_g"] for row in part) / 3, abs=1e-4)
+
+
+def test_a_runs_folder_is_laid_out_as_promised(trained):
+    files = sorted(str(p.relative_to(trained.folder)) for p in trained.folder.rglob("*") if p.is_file())
+    steps = [1, 2, 4, 8, 12, 14]  # often at first, then every --sample-every, and the last
+    expected = ["checkpoint.pt", "config.json", "generator.pt", "log.jsonl", "losses.png", "samples.gif"]
+    expected += [f"samples/step_{step:06d}.png" for step in steps] + ["samples/real.png"]
+    expected += [f"snapshots/generator_{step:06d}.pt" for step in (9, 12)]  # of 3, 6, 9, 12: --keep 2
+    drawn = ("generated", "interpolation")  # other tests draw beside them
+    assert [f for f in files if f != ".lock" and not f.startswith(drawn)] == sorted(expected)
+
+
+def test_the_log_has_a_line_a_report(trained):
+    rows = log_of(trained.folder)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    for row in rows:
+        assert list(row) == ["step", "epoch", "loss_d", "loss_g", "d_x", "d_gz", "img_s"]
+        assert 0 < row["d_x"] < 1 and 0 < row["d_gz"] < 1 and row["img_s"] > 0
+        assert 0 < row["loss_d"] < 20 and 0 < row["loss_g"] < 20
+
+
+def test_config_json_is_the_config(trained):
+    words = json.loads((trained.folder / "config.json").read_text())
+    assert set(words) == set(dcgan.FIELDS)
+    c = dcgan.config(**words)
+    assert (c.preset, c.ema, c.lr_g, c.lr_d, c.run) == ("classic", 0.5, 0.01, 0.01, str(trained.folder))
+
+
+def test_every_picture_opens_and_samples_have_the_layout_of_the_real_ones(trained):
+    real = Image.open(trained.folder / "samples" / "real.png")
+    assert real.size == (3 * 18 + 2, 2 * 18 + 2)  # five pictures of 16 x 16, two pixels around each
+    grids = sorted((trained.folder / "samples").glob("step_*.png"))
+    for path in grids:
+        assert pixels(path).shape[1:] == (real.height, real.width)
+    assert not torch.equal(pixels(grids[0]), pixels(grids[-1]))
+    assert pixels(trained.folder / "losses.png").float().std() > 5  # something is drawn
+    frames = frames_of(trained.folder / "samples.gif")
+    assert len(frames) == len(grids) and frames[0].size == real.size
+    last = pixels(grids[-1]).int() - T.pil_to_tensor(frames[-1]).int()
+    assert last.abs().float().mean() < 8  # of a GIF's few colours
+
+
+def test_the_real_pictures_beside_the_samples_are_the_streams_first(trained, faces):
+    c = dcgan.config(**json.loads((trained.folder / "config.json").read_text()))
+    with contextlib.redirect_stdout(io.StringIO()):
+        pictures = dcgan.load_pictures(c)
+    first = pictures[dcgan.batch_indices(24, c.seed, 0, 5)]
+    assert torch.equal(pixels(trained.folder / "samples" / "real.png"), T.pil_to_tensor(dcgan.grid(first)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_from_the_command_line(preset, small, run_main, tmp_path):
+    size = ["--image-size", 14] if preset == "mnist" else []
+    done = run_main(*small("--preset", preset, "--steps", 3, *size))
+    assert done.code == 0 and done.err == "", done.err
+    G = dcgan.load_generator(tmp_path / "run")
+    assert not G.training and G.config.preset == preset
+    grid = Image.open(tmp_path / "run" / "samples" / "step_000003.png")
+    assert grid.size == Image.open(tmp_path / "run" / "samples" / "real.png").size
+    generated = run_main("generate", tmp_path / "run", "--seeds", "0-3", "--device", "cpu")
+    assert generated.code == 0 and Image.open(tmp_path / "run" / "generated.png").size[0] > 2 * G.config.image_size
+
+
+def test_a_run_has_a_name_by_itself(small, run_main, faces, cache, few_drawn):
+    words = ["--steps", "1", *small()[:-2]]  # all but --run
+    assert run_main(*words).code == 0
+    assert Path("runs/classic-faces/generator.pt").exists()
+    words[words.index("--data") + 1] = ""
+    assert run_main(*words).code == 0
+    assert Path("runs/demo-drawn/generator.pt").exists()
+
+
+def test_steps_stand_above_epochs(small, run_main, tmp_path):
+    assert "done at step 2 of 2" in run_main(*small("--steps", 2, "--epochs", 9)).out
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_sets_no_larger_than_a_batch_train_too(n, small, run_main, tmp_path):
+    make_pictures(tmp_path / "few", n)
+    done = run_main(*small("--data", tmp_path / "few", "--steps", 4))
+    assert done.code == 0 and "done at step 4" in done.out
+
+
+@pytest.mark.parametrize("samples", [1, 2, 65])
+def test_a_grid_may_hold_any_number(samples, small, run_main, tmp_path):
+    assert run_main(*small("--steps", 1, "--samples", samples)).code == 0
+    sizes = {Image.open(p).size for p in (tmp_path / "run" / "samples").glob("*.png")}
+    assert len(sizes) == 1
+
+
+def test_on_a_terminal_a_bar_shows_the_numbers(small, run_main, monkeypatch):
+    drawn, real = [], dcgan.tqdm
+
+    def terminal(*a, **k):
+        return real(*a, **{**k, "disable": False, "file": Lines(drawn), "mininterval": 0, "miniters": 1, "ncols": 150})
+
+    class Lines(io.StringIO):
+        def __init__(self, to):
+            super().__init__()
+            self.to = to
+
+        def write(self, text):
+            self.to.append(text)
+
+    terminal.write = real.write
+    monkeypatch.setattr(dcgan, "tqdm", terminal)
+    assert run_main(*small("--steps", 6, "--report-every", 2)).code == 0
+    text = "".join(drawn)
+    assert all(word in text for word in ("D(x)", "D(G(z))", "img/s", "6/6"))
+    assert re.search(r"D [0-9.]+, G [0-9.]+", text) or ("D=" in text and "G=" in text)
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", text)  # time gone and time left
+
+
+def test_python_may_call_what_the_command_line_calls(tiny, capsys):
+    c = tiny(steps=2)
+    assert dcgan.train(c) == 0
+    G = dcgan.load_generator(c.run)
+    x = G(torch.randn(3, 8))
+    assert x.shape == (3, 3, 16, 16) and not x.requires_grad
+
+
+# ---------------------------------------------------------------------------------------- generate
+
+
+@pytest.fixture
+def generate(run_main, tmp_path):
+    """-> generate(source, seeds) -> {seed: pixels}."""
+
+    def make(source, seeds):
+        out = tmp_path / f"out {len(list(tmp_path.iterdir()))}"
+        done = run_main("generate", source, "--seeds", seeds, "--out", out, "--device", "cpu")
+        assert done.code == 0 and str(out) in done.out, done.err
+        assert (out / "grid.png").exists()
+        return {int(p.stem.split("_")[1]): pixels(p) for p in out.glob("seed_*.png")}
+
+    return make
+
+
+def test_generate_draws_the_grid_that_training_drew(trained, run_main, tmp_path):
+    done = run_main("generate", trained.folder, "--seeds", "0-4", "--out", tmp_path / "g.png", "--device", "cpu")
+    assert done.code == 0
+    assert torch.equal(pixels(tmp_path / "g.png"), pixels(trained.folder / "samples" / "step_000014.png"))
+
+
+def test_generate_reads_a_run_a_checkpoint_a_generator_or_a_snapshot(trained, generate):
+    run = generate(trained.folder, "0-3")
+    assert list(sorted(run)) == [0, 1, 2, 3] and run[0].shape == (3, 16, 16)
+    for name in ("checkpoint.pt", "generator.pt"):
+        other = generate(trained.folder / name, "0-3")
+        assert all(torch.equal(run[seed], other[seed]) for seed in run)
+    snapshot = generate(trained.folder / "snapshots" / "generator_000012.pt", "0-3")
+    assert not torch.equal(run[0], snapshot[0])
+
+
+def test_a_seed_has_one_picture_whatever_is_asked_beside_it(trained, generate):
+    many = generate(trained.folder, "0-40")
+    assert sorted(many) == list(range(41))
+    for seeds in ("7", "40,7", "7-9,3", "5-23"):
+        for seed, picture in generate(trained.folder, seeds).items():
+            assert torch.equal(picture, many[seed]), (seeds, seed)
+    assert len({p.numpy().tobytes() for p in many.values()}) == 41
+
+
+def test_seeds_are_drawn_in_the_order_asked_for(trained, run_main, tmp_path):
+    run_main("generate", trained.folder, "--seeds", "9,2", "--out", tmp_path / "a.png", "--device", "cpu")
+    run_main("generate", trained.folder, "--seeds", "2,9", "--out", tmp_path / "b.png", "--device", "cpu")
+    a, b = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+    assert torch.equal(a[:, 2:18, 2:18], b[:, 2:18, 20:36]) and torch.equal(a[:, 2:18, 20:36], b[:, 2:18, 2:18])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif", "a.bmp", "a.PNG", "new/folder/a.png"])
+def test_the_grid_is_written_as_its_name_says(name, trained, run_main, tmp_path):
+    assert run_main("generate", trained.folder, "--seeds", "1-4", "--out", tmp_path / name, "--device", "cpu").code == 0
+    assert Image.open(tmp_path / name).size == (38, 38)
+    assert Image.open(tmp_path / name).format == {"jpg": "JPEG"}.get(name[-3:], name.split(".")[1].upper())
+
+
+def test_without_out_the_grid_lies_in_the_run(trained, run_main):
+    assert run_main("generate", trained.folder).code == 0
+    assert Image.open(trained.folder / "generated.png").size == (8 * 18 + 2, 8 * 18 + 2)
+
+
+def test_a_new_generator_of_the_same_weights_draws_the_same(trained):
+    """Pixels do not depend on the process's random state or on training beside it."""
+    G = dcgan.load_generator(trained.folder)
+    torch.manual_seed(99)
+    a = dcgan.draw(G, dcgan.latent([3, 4], 8), "cpu")
+    torch.randn(7)
+    b = dcgan.draw(dcgan.load_generator(trained.folder / "generator.pt"), dcgan.latent([4], 8), "cpu")
+    assert torch.equal(a[1], b[0]) and a.dtype == torch.uint8
+
+
+# ---------------------------------------------------------------------------------------- interpolate
+
+
+def test_interpolate_walks_from_seed_to_seed_and_back(trained, run_main, generate, tmp_path):
+    out = tmp_path / "walk.gif"
+    done = run_main("interpolate", trained.folder, "--seeds", "3,7,12", "--out", out, "--device", "cpu")
+    assert done.code == 0 and str(out) in done.out
+    frames = frames_of(out)
+    assert len(frames) == 3 * 24 and frames[0].size == (256, 256)
+    strip = pixels(out.with_suffix(".png"))
+    assert strip.shape == (3, 3 * 18 + 2, 8 * 18 + 2)  # a row for each pair of seeds
+    singles = generate(trained.folder, "3,7,12")
+    for row, seed in enumerate((3, 7, 12)):  # each row begins at its seed
+        cell = strip[:, 2 + 18 * row : 18 + 18 * row, 2:18]
+        assert (cell.int() - singles[seed].int()).abs().max() <= 1
+
+
+def test_the_walk_stays_where_normal_z_lie(monkeypatch, trained, run_main):
+    walks, draw = [], dcgan.draw
+    monkeypatch.setattr(dcgan, "draw", lambda G, z, device: walks.append(z) or draw(G, z, device))
+    assert run_main("interpolate", trained.folder, "--seeds", "0-3", "--device", "cpu").code == 0
+    (z,) = walks
+    ends = z[::24].norm(dim=1)
+    assert (z.norm(dim=1) > 0.9 * ends.min()).all() and (z.norm(dim=1) < 1.1 * ends.max()).all()
+    steps = (z - z.roll(1, 0)).norm(dim=1)
+    assert steps.max() < 0.25 * ends.max()  # no jump, from the last to the first neither
+    assert Image.open(trained.folder / "interpolation.gif").n_frames == 96
+
+
+@pytest.mark.parametrize("seeds", ["5", "5,5"])
+def test_a_walk_of_one_seed_is_no_error(seeds, trained, run_main, tmp_path):
+    out = tmp_path / "w.gif"
+    assert run_main("interpolate", trained.folder, "--seeds", seeds, "--out", out, "--device", "cpu").code == 0
+    assert out.exists() and out.with_suffix(".png").exists()
+
+
+def test_info_tells_device_versions_and_kernels(run_main):
+    done = run_main("info")
+    assert done.code == 0 and done.err == ""
+    assert f"torch {torch.__version__}" in done.out and "device " in done.out and "--precision auto is" in done.out
+    assert len(done.out.splitlines()) >= 3  # the last: which kernels are there, or why not
+
+
+# ---------------------------------------------------------------------------------------- one line and exit code 2
+
+
+# what is wrong: (the command line, in a folder that `odd_folder` filled; what its one line must hold)
+WRONG = {
+    "missing folder": ("--data nowhere", "nowhere.*no such"),
+    "empty folder": ("--data empty", "empty.*looked for.*found 0"),
+    "folder without pictures": ("--data words", r"\.jpg.*found 1"),
+    "zip without pictures": ("--data words.zip", "found 1"),
+    "no archive": ("--data notes.txt", "notes.txt.*zip"),
+    "unknown preset": ("--preset nope", "nope.*classic.*demo"),
+    "unknown option": ("--colour 3", "--colour"),
+    "abbreviated option": ("--image 32", "--image"),
+    "unknown command": ("draw", "draw"),
+    "wrong size": ("--image-size 17", "17.*64"),
+    "no number": ("--nz many", "--nz.*many"),
+    "zero batch": ("--batch-size 0", "batch_size.*0"),
+    "two channels": ("--nc 2", "2.*1.*3"),
+    "negative rate": ("--lr -1", "lr_[gd].*-1"),
+    "dropout of more than all": ("--dropout 1.5", "dropout.*1.5"),
+    "rate that is no number": ("--lr-d nan", "lr_d.*nan"),
+    "mean that forgets nothing": ("--beta1 1", "beta1.*1"),
+    "EMA that never moves": ("--ema 1.5", "ema.*1.5"),
+    "negative steps": ("--steps -1", "steps.*-1"),
+    "time limit": ("--time-limit soon", "soon.*90s"),
+    "device": ("--device abacus", "abacus"),
+    "resume of nothing": ("--run none --resume", "none"),
+    "generate from nothing": ("generate none", "none"),
+    "generate from a text": ("generate notes.txt", "notes.txt"),
+    "generate without a run": ("generate", "source"),
+    "interpolate from nothing": ("interpolate none", "none"),
+}
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "list.csv").write_text("a,b")
+    (tmp_path / "notes.txt").write_text("no archive")
+    with zipfile.ZipFile(tmp_path / "words.zip", "w") as archive:
+        archive.writestr("list.csv", "a,b")
+
+
+def one_line(done):
+    assert done.code == 2
+    assert done.err.startswith("dcgan.py: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
+    assert "Traceback" not in done.err + done.out
+    return done.err
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_use_is_one_line_and_exit_code_2(what, odd_folder, run_main, few_drawn):
+    words, expected = WRONG[what]
+    assert re.search(expected, one_line(run_main(*words.split())))
+
+
+@pytest.mark.parametrize("seeds", ["a", "", "5-3", "1-2-3", "-1", "3,", "1.5", "0-99999999999", "99999999999999999999"])
+@pytest.mark.parametrize("command", ["generate", "interpolate"])
+def test_wrong_seeds_are_one_line_and_exit_code_2(seeds, command, trained, run_main, tmp_path):
+    done = run_main(command, trained.folder, f"--seeds={seeds}", "--out", tmp_path / "x.png")
+    assert "--seeds" in one_line(done)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_what_cannot_be_written_is_one_line_and_exit_code_2(trained, run_main, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = run_main("generate", trained.folder, "--seeds", "1", "--out", tmp_path / "file" / "x.png", "--device", "cpu")
+    assert "file" in one_line(done)
+
+
+def test_nothing_is_written_over_a_run_that_is_there(trained, run_main, small, tmp_path):
+    def contents():
+        drawn = ("generated", "interpolation", ".lock")
+        return {p: p.read_bytes() for p in trained.folder.rglob("*") if p.is_file() and not p.name.startswith(drawn)}
+
+    before = contents()
+    line = one_line(run_main(*small("--run", trained.folder, "--steps", 1)))
+    assert "--resume" in line and "--run" in line and str(trained.folder) in line
+    assert contents() == before
+
+
+def test_more_bad_pictures_than_allowed_is_exit_code_2_with_the_list(small, run_main, tmp_path):
+    make_pictures(tmp_path / "p", 3)
+    (tmp_path / "p" / "broken.jpg").write_bytes(b"no picture")
+    done = run_main(*small("--data", tmp_path / "p", "--steps", 1))
+    assert done.code == 2 and "--max-bad" in done.err.splitlines()[0] and "broken.jpg" in done.err
+    assert "Traceback" not in done.err
+
+
+# ---------------------------------------------------------------------------------------- import
+
+
+def test_import_has_no_side_effects(tmp_path):
+    """No file, no word, no CUDA, no seed, no thread, no handler: who imports dcgan.py gets names and nothing else."""
+    words = tmp_path.parent / f"{tmp_path.name}.words"
+
+    def facts():
+        return (
+            (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()), torch.get_default_dtype()),
+            (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()),
+            (torch.backends.cudnn.benchmark, torch.cuda.is_initialized(), list(warnings.filters)),
+            [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)],
+            (dict(os.environ), os.getcwd(), threading.active_count()),
+        )
+
+    def import_again():  # in a child of its own, so that the other tests keep the module they have
+        with open(words, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        del sys.modules["dcgan"]
+        before = facts()
+        import dcgan as again
+
+        assert facts() == before and again is not dcgan
+
+    assert in_child(import_again)[0] == 0, words.read_text()
+    assert words.read_text() == "" and not list(tmp_path.iterdir())
