@@ -312,42 +312,58 @@ def slow_saves(seconds):
     dcgan.save = save
 
 
-def watch(file):
-    """Keep what this process saw: its pictures, its final state, whether it decoded; and let only rank 0 write."""
-    seen, decode_all, draw_inputs, written_whole = (
-        {"real": [], "noise": []},
-        *(getattr(dcgan, name) for name in ("decode_all", "draw_inputs", "written_whole")),
-    )
+def stop_at(step):
+    """SIGTERM to the last process while it makes this step."""
+    plain = dcgan.draw_inputs
 
-    def decode_once(*args):
-        seen["decoded"] = seen.get("decoded", 0) + 1
-        dcgan.written_whole = written_whole
+    def draw_inputs(c, pictures, now, device):
+        if now == int(step) - 1 and dcgan.RANK == dcgan.WORLD - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(c, pictures, now, device)
+
+    dcgan.draw_inputs = draw_inputs
+
+
+def nan_in_rank_1(step):
+    """A real picture that is not a number, in one process only."""
+    plain = dcgan.draw_inputs
+
+    def draw_inputs(c, pictures, now, device):
+        real, z, noise = plain(c, pictures, now, device)
+        if now == int(step) and dcgan.RANK == 1:
+            real[0, 0, 0, 0] = float("nan")
+        return real, z, noise
+
+    dcgan.draw_inputs = draw_inputs
+
+
+def watch(file):
+    """Keep what this process saw: its share of pictures and noise, its last state, what it decoded and wrote."""
+    seen = {"real": [], "noise": [], "decoded": 0, "wrote": []}
+    set_up, decode_all, draw_inputs, plain = dcgan.set_up, dcgan.decode_all, dcgan.draw_inputs, builtins.open
+
+    def decode(*args):
+        seen["decoded"] += 1
         decode_all(*args)
-        dcgan.written_whole = only_first
+        seen["wrote"].clear()  # the cache is anybody's to build
 
     def inputs(*args):
-        drawn = draw_inputs(*args)
-        seen["real"].append(drawn[0].clone())
-        seen["noise"].append(torch.as_tensor(drawn[2]).clone())
-        return drawn
+        real, z, noise = draw_inputs(*args)
+        seen["real"].append(real.clone())
+        seen["noise"].append(torch.as_tensor(noise).clone())
+        return real, z, noise
 
-    def only_first(path):
-        assert dcgan.RANK == 0, f"rank {dcgan.RANK} writes {path}"
-        return written_whole(path)
+    def note(path, mode="r", *args, **options):
+        if mode[0] in "wax":
+            seen["wrote"].append(str(path))
+        return plain(path, mode, *args, **options)
 
-    def keep(run=dcgan.set_up):
-        def set_up(*args):
-            state = run(*args)
-            atexit.register(lambda: torch.save(seen | state_of(state), file))
-            return state
+    def keep(*args):
+        run = set_up(*args)
+        atexit.register(lambda: torch.save(seen | {name: p.state_dict() for name, p in run.stateful.items()}, file))
+        return run
 
-        dcgan.set_up = set_up
-
-    def state_of(run):
-        return {"step": run.step, **{name: part.state_dict() for name, part in dcgan.stateful(run).items()}}
-
-    keep()
-    dcgan.decode_all, dcgan.draw_inputs, dcgan.written_whole = decode_once, inputs, only_first
+    dcgan.set_up, dcgan.decode_all, dcgan.draw_inputs, builtins.open = keep, decode, inputs, note
 
 
 def serve():
