@@ -8,6 +8,7 @@ Two libraries, because a CUDA library that does not load must not take the CPU k
 stable ABI of 2.11 only: one build serves torch 2.11 and every later version.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import types
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -200,18 +203,41 @@ def build_command(say):
             for one in wanted:
                 kind = one.name.rsplit("_", 1)[1]
                 self.extensions, self.build_temp = [one], os.path.join(folder, kind)
-                try:
-                    super().build_extensions()
-                    built.append(one)
-                    say(kind, "built")
-                except (Exception, SystemExit) as error:  # torch and setuptools raise what they like
-                    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                    say(kind, f"did not compile: {lines[0][:200]}")
+                with output_to_file() as output:
+                    try:
+                        super().build_extensions()
+                        built.append(one)
+                        why = None
+                    except (Exception, SystemExit) as error:  # torch and setuptools raise what they like
+                        why = f"{error}" or type(error).__name__
+                lines = [line.strip() for line in (output.text + (why or "")).splitlines() if line.strip()]
+                telling = [line for line in lines if "error" in line.lower()] or [why]
+                say(kind, f"did not compile: {telling[0][:200]}" if why else "built")
                 vars(self.compiler).clear()
                 vars(self.compiler).update(compiler)  # torch wraps its methods anew for each
             self.extensions = built
 
     return BuildEach
+
+
+@contextlib.contextmanager
+def output_to_file():
+    """Collect what compilers print, for the line that says why; then print it."""
+    result, saved = types.SimpleNamespace(text=""), [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield result
+        finally:
+            sys.stdout.flush()
+            for number, old in zip((1, 2), saved, strict=True):
+                os.dup2(old, number)
+                os.close(old)
+            file.seek(0)
+            result.text = file.read().decode(errors="replace")
+            print(result.text, end="", flush=True)
 
 
 def main(kind, into):

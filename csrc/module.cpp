@@ -2,8 +2,8 @@
 // what it was built from. build.py finds the same text in the file without loading it.
 #include <pybind11/pybind11.h>
 
-#define AS_TEXT_(x) #x
-#define AS_TEXT(x) AS_TEXT_(x)
+#define AS_TEXT_(...) #__VA_ARGS__  // a list of architectures has commas
+#define AS_TEXT(...) AS_TEXT_(__VA_ARGS__)
 
 static const char facts[] =
     "dcgan-ops-facts {\"sources\": \"" AS_TEXT(DCGAN_SOURCES) "\", \"compiler\": \"" __VERSION__
