@@ -88,10 +88,12 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     Source: Miyato et al. 2018; equals torch.nn.utils.parametrizations.spectral_norm step by step.
     """
     weights, us, vs = list(weights), list(us), list(vs)
+    if not weights:
+        raise RuntimeError("spectral_norm: give one or more weights, each with its u and v; got none")
     for weight in weights:
         _check_device("spectral_norm", weight)
     out_dtype = None
-    if weights and weights[0].dtype == torch.float32:
+    if weights[0].dtype == torch.float32:
         device = weights[0].device.type
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     scaled, new_us, new_vs, _ = torch.ops.dcgan.spectral_norm(weights, us, vs, eps, update, out_dtype)

@@ -13,7 +13,7 @@
 //              vectors as well as long ones, and one code serves NCHW, channels_last and (N, C).
 //   precision  statistics and sums in fp64 (of x - x0, x0 a value of the channel: no cancellation); the rest
 //              in fp32, fp64 for double; rounded once. The order of additions depends on shapes only: any
-//              number of threads gives the same bits.
+//              number of threads gives the same bits. mean is kept in fp32, so that backward sees the same z.
 //   bytes      per element of 4 (2) bytes: forward reads x twice and writes y, 12 (6); backward reads x and
 //              dy twice and writes dx, 20 (10). In NCHW the second reading comes from the L2 cache.
 //   sources    Ioffe, Szegedy 2015 (arXiv 1502.03167); for behaviour PyTorch's batch_norm_kernel.cpp
@@ -30,20 +30,23 @@ namespace {
 // Columns of a piece, so that its four lines, sums and constants fit the L1 cache
 template <typename T>
 constexpr int64_t Width = sizeof(T) == 2 ? 256 : 512;
+template <typename T>  // halfs have few digits: four of them may be added in fp32
+using Group = std::conditional_t<sizeof(T) == 2, float, double>;
 
-// ------------------------------------ loops over R lines of n columns: what R lines add up to goes to fp64
+// ------------------------------------------------------------------------ loops over R lines of n columns
 template <typename A>
 inline A normalized(A centered, A scale, A bias) {
   return centered * scale + bias;  // one expression for both directions, so that both see one sign
 }
+// S: in which R values are added before they go to the fp64 sum of their column
 // (x_step: from one line of x to the next)
-template <int R, typename A>
+template <int R, typename S, typename A>
 DCGAN_CLONES void add_moments(const A* __restrict x, int64_t x_step, const A* __restrict shift,
                               double* __restrict sum, double* __restrict square, int64_t n) {
   for (int64_t j = 0; j < n; ++j) {
-    A s = 0, q = 0;
+    S s = 0, q = 0;
     for (int r = 0; r < R; ++r) {
-      A d = x[r * x_step + j] - shift[j];
+      S d = S(x[r * x_step + j]) - S(shift[j]);
       s += d, q += d * d;
     }
     sum[j] += double(s), square[j] += double(q);
@@ -60,17 +63,17 @@ DCGAN_CLONES void activate(const A* __restrict x, int64_t x_step, const A* __res
     }
   }
 }
-template <int R, typename A>
+template <int R, typename S, typename A>
 DCGAN_CLONES void add_gradients(const A* __restrict dy, int64_t dy_step, const A* __restrict x,
                                 int64_t x_step, const A* __restrict mean, const A* __restrict scale,
                                 const A* __restrict bias, A slope, double* __restrict sum,
                                 double* __restrict product, int64_t n) {
   for (int64_t j = 0; j < n; ++j) {
-    A s = 0, q = 0;
+    S s = 0, q = 0;
     for (int r = 0; r < R; ++r) {
       A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
       A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
-      s += dz, q += dz * centered;
+      s += S(dz), q += S(dz) * S(centered);
     }
     sum[j] += double(s), product[j] += double(q);
   }
@@ -149,7 +152,7 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
       cut.columns(block, [&](int64_t j, int64_t c) { shift[j] = typical(cut.first_channel(block) + c); });
       cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n) {
         auto [xs, x_step] = read_lines(x + at, step, R, n, in);
-        add_moments<R>(xs, x_step, shift, sums.a, sums.b, n);
+        add_moments<R, Group<T>>(xs, x_step, shift, sums.a, sums.b, n);
       });
       partials.put(block, chunk, sums.a, sums.b);
     };
@@ -211,7 +214,8 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
       cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n) {
         auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad);
         auto [xs, x_step] = read_lines(x + at, step, R, n, in);
-        add_gradients<R>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, A(slope), sums.a, sums.b, n);
+        add_gradients<R, Group<T>>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, A(slope), sums.a,
+                                   sums.b, n);
       });
       partials.put(block, chunk, sums.a, sums.b);
     };

@@ -8,8 +8,8 @@
 //              dW = G / sigma - (<G, W> / sigma^2) u v',  with the u, v and sigma of its own forward
 //   layout     W is a (rows, cols) matrix. Under channels_last its columns lie in another order than v, which
 //              stays logical: v is permuted into memory order and back, W and G are read where they are.
-//   precision  products in the weights' dtype over 32 partial sums, joined in fp64; norms, sigma and <G, W>
-//              in fp64; W / sigma divided and rounded once. The order of additions depends on shapes only.
+//   precision  W v, norms, sigma and <G, W> in fp64; W't in fp64, from sums of four rows in W's dtype;
+//              W / sigma divided and rounded once. The order of additions depends on shapes only.
 //   bytes      per weight: forward reads W once for the iteration (a row gives t_i and its share of W't while
 //              it is in cache), once to scale it, and writes once: 12 in fp32; backward 20.
 //   sources    Miyato et al. 2018 (arXiv 1802.05957); torch.nn.utils.parametrizations.spectral_norm
@@ -25,21 +25,27 @@ constexpr int64_t Rows = 64;     // of a block of the iteration, each with its o
 constexpr int64_t Chunk = 4096;  // values at a time of the passes over all of W
 
 // ------------------------------------------------------------------------------------------ inner loops
-template <typename A>
-DCGAN_CLONES double dot(const A* __restrict a, const A* __restrict b, int64_t n) {
-  constexpr int Lanes = 32;
-  A lane[Lanes] = {};
+template <typename A, typename B>
+DCGAN_CLONES double dot(const A* __restrict a, const B* __restrict b, int64_t n) {
+  constexpr int Lanes = 16;
+  double lane[Lanes] = {}, total = 0;
   int64_t j = 0;
   for (; j + Lanes <= n; j += Lanes)
-    for (int l = 0; l < Lanes; ++l) lane[l] += a[j + l] * b[j + l];
-  double total = 0;
+    for (int l = 0; l < Lanes; ++l) lane[l] += double(a[j + l]) * double(b[j + l]);
   for (; j < n; ++j) total += double(a[j]) * double(b[j]);
-  for (int l = 0; l < Lanes; ++l) total += double(lane[l]);
+  for (int l = 0; l < Lanes; ++l) total += lane[l];
   return total;
 }
-template <typename A>
-DCGAN_CLONES void add_scaled(const A* __restrict x, A factor, A* __restrict y, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) y[j] += factor * x[j];
+template <int R, typename A>  // sum += t[0] w[0] + ... of R rows
+DCGAN_CLONES void add_rows(const A* __restrict w, int64_t cols, const double* __restrict t,
+                           double* __restrict sum) {
+  A factor[R];
+  for (int r = 0; r < R; ++r) factor[r] = A(t[r]);
+  for (int64_t j = 0; j < cols; ++j) {
+    A value = 0;
+    for (int r = 0; r < R; ++r) value += factor[r] * w[r * cols + j];
+    sum[j] += double(value);
+  }
 }
 template <typename A>
 DCGAN_CLONES void divide(const A* __restrict x, A divisor, A* __restrict y, int64_t n) {
@@ -51,12 +57,7 @@ DCGAN_CLONES void rank_one(const A* __restrict g, A sigma, const A* __restrict v
   for (int64_t j = 0; j < n; ++j) y[j] = g[j] / sigma - v[j] * factor;
 }
 
-template <typename A>
-double squares(const std::vector<A>& x) {
-  double total = 0;
-  for (A value : x) total += double(value) * double(value);
-  return total;
-}
+inline double length(const std::vector<double>& x) { return std::sqrt(dot(x.data(), x.data(), x.size())); }
 // Where column (input, tap) of the logical order lies in memory
 inline int64_t place(const SnSizes& s, int64_t input, int64_t tap) {
   return s.channels_last ? tap * (s.cols / s.taps) + input : input * s.taps + tap;
@@ -81,20 +82,24 @@ void in_chunks(int64_t total, const F& f) {
 template <typename A>
 double iterate(const A* w, const SnSizes& s, A* u, A* v, double eps, bool update) {
   const int64_t blocks = (s.rows + Rows - 1) / Rows;
-  std::vector<A> t(s.rows), partial(update ? blocks * s.cols : 0);
+  std::vector<double> t(s.rows), sums(update ? blocks * s.cols : 0), v_wide(v, v + s.cols);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * Rows; i < std::min(end * Rows, s.rows); ++i) {
-      t[i] = A(dot(w + i * s.cols, v, s.cols));
-      if (update) add_scaled(w + i * s.cols, t[i], &partial[i / Rows * s.cols], s.cols);
+    for (int64_t i = begin * Rows, last = std::min(end * Rows, s.rows); i < last;) {
+      const int64_t n = i + 4 <= last ? 4 : 1;  // Rows is a multiple of 4: never across two blocks
+      double* sum = update ? &sums[i / Rows * s.cols] : nullptr;
+      for (int64_t r = i; r < i + n; ++r) t[r] = dot(w + r * s.cols, v_wide.data(), s.cols);
+      if (update && n == 4) add_rows<4>(w + i * s.cols, s.cols, &t[i], sum);
+      if (update && n == 1) add_rows<1>(w + i * s.cols, s.cols, &t[i], sum);
+      i += n;
     }
   });
   if (!update) return dot(u, t.data(), s.rows);
-  std::vector<A> product(partial.begin(), partial.begin() + s.cols);  // W't
-  for (int64_t b = 1; b < blocks; ++b) add_scaled(&partial[b * s.cols], A(1), product.data(), s.cols);
-  const double norm_t = std::max(std::sqrt(squares(t)), eps);
-  divide(t.data(), A(norm_t), u, s.rows);
-  const double norm_s = std::sqrt(squares(product)) / norm_t, divisor = std::max(norm_s, eps);
-  divide(product.data(), A(divisor * norm_t), v, s.cols);
+  std::vector<double> product(sums.begin(), sums.begin() + s.cols);  // W't
+  for (int64_t i = s.cols; i < blocks * s.cols; ++i) product[i % s.cols] += sums[i];
+  const double norm_t = std::max(length(t), eps), norm_s = length(product) / norm_t;
+  const double divisor = std::max(norm_s, eps);
+  for (int64_t i = 0; i < s.rows; ++i) u[i] = A(t[i] / norm_t);
+  for (int64_t j = 0; j < s.cols; ++j) v[j] = A(product[j] / norm_t / divisor);
   return norm_s * norm_s / divisor;
 }
 
