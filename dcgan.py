@@ -75,33 +75,25 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------- configuration
 
-# The systems.  A preset is a row of values; what it leaves out is Config's default, which is `classic`.
-# Where a source names no value it is ours: see the README.
+# The systems.  A preset is a row of values; what it leaves out is Config's default, and where its source names no
+# value it is ours: see the README.
 PRESETS = {
-    # PyTorch's dcgan.py on CelebA
-    "classic": dict(),
-    # the PyTorch notebook that adds all that might help
-    "regularized": dict(
+    "classic": dict(optimizer="adamw", weight_decay=0.01),  # PyTorch's dcgan.py on CelebA
+    "regularized": dict(  # the PyTorch notebook that adds all that might help
         nz=128, ngf=128, ndf=128, init="normal", flips=True, spectral_norm=True, dropout2d=0.25, update="fresh",
-        real_label=0.9, noise=0.1, optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=4e-4, batch_size=128,
-        epochs=60,
+        real_label=0.9, noise=0.1, lr_g=1e-4, lr_d=4e-4, batch_size=128, epochs=60,
     ),
-    # the TF and Keras scripts on CelebA
-    "keras": dict(
+    "keras": dict(  # the TF and Keras scripts on CelebA
         family="keras", fit="squash", nz=128, ngf=128, dropout=0.2, init="keras", update="fresh", loss="mean",
-        optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=32,
-        epochs=10,
+        lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=32, epochs=10,
     ),
-    # the TF tutorial on MNIST
-    "mnist": dict(
+    "mnist": dict(  # the TF tutorial on MNIST
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
-        update="simultaneous", optimizer="adam", weight_decay=0.0, lr_g=1e-4, lr_d=1e-4, beta1=0.9,
-        adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
+        update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
-    # ours: small, for the drawn faces
-    "demo": dict(
-        image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, optimizer="adam", weight_decay=0.0,
-        lr_g=1e-3, lr_d=1e-3, ema=0.998, batch_size=32, steps=2500, sample_every=250,
+    "demo": dict(  # ours: small, for the drawn faces
+        image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
+        batch_size=32, steps=2500, sample_every=250,
     ),
 }  # fmt: skip
 
@@ -139,13 +131,13 @@ class Config:
     real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]")
     noise: float = opt(0.0, "std of noise on D's input, falling linearly to 0 [6]")
     noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start")
-    optimizer: str = opt("adamw", "of both networks", choices=["adam", "adamw"])
+    optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both")
     lr_d: float = opt(5e-4, "learning rate of D [7]")
     beta1: float = opt(0.5, "Adam: decay of the mean gradient")
     beta2: float = opt(0.999, "Adam: decay of the mean squared gradient")
     adam_eps: float = opt(1e-8, "Adam: added to its root")
-    weight_decay: float = opt(0.01, "share of a weight lost a step, times the learning rate")
+    weight_decay: float = opt(0.0, "share of a weight lost a step, times the learning rate")
     ema: float = opt(0.0, "decay a step of the mean of G that draws; 0: off [8]")
     batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"])
     samples: int = opt(64, "pictures in a grid")
@@ -244,12 +236,11 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            half.unlink()
-        if not isinstance(e, OSError):
-            raise
+    except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; what stood there before is intact") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone already, if all went well
+            half.unlink()
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -302,9 +293,8 @@ def find_idx(path):
     """-> MNIST's training pictures: the idx file itself, or the one in a folder, torchvision's too; else None."""
     if path.is_file():
         return path if re.search(r"idx3-ubyte(\.gz)?$", path.name) else None
-    names = [f"train-images{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
-    files = [path / folder / name for folder in ("", "raw", "MNIST/raw") for name in names]
-    return next((file for file in files if file.is_file()), None)
+    folders = (path, path / "raw", path / "MNIST" / "raw")
+    return next((file for folder in folders for file in sorted(folder.glob("train-images[-.]idx3-ubyte*"))), None)
 
 
 def read_idx(path):
@@ -324,21 +314,17 @@ def is_picture(name):
     return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")
 
 
-def list_pictures(root):
-    """-> sorted [(name, bytes, time)] of the pictures in all of root, how many other files.  Opens none."""
-    found, others, seen = [], 0, set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+def list_files(root):
+    """-> the names of all files in all of root, sorted.  Opens none."""
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         if os.path.realpath(folder) in seen:  # by a link that loops
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        for file in (os.path.join(folder, name) for name in files):
-            if is_picture(file) and os.path.isfile(file):
-                info = os.stat(file)
-                found.append((os.path.relpath(file, root), info.st_size, info.st_mtime_ns))
-            else:
-                others += 1
-    return sorted(found), others
+        paths = [os.path.join(folder, name) for name in names]
+        found += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]
+    return sorted(found)
 
 
 def decode(data, nc):
@@ -379,24 +365,19 @@ class Pictures(torch.utils.data.Dataset):
     `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
 
     def __init__(self, c):
-        self.c, self.root, self.zip, idx = c, Path(c.data), None, find_idx(Path(c.data))
-        if not c.data:
-            self.kind, facts = "drawn", DRAWN
-        elif idx or self.root.is_file():
-            self.kind, self.root = ("idx", idx) if idx else ("zip", self.root)
-            facts = (str(self.root.resolve()), self.root.stat().st_size, self.root.stat().st_mtime_ns)
-        elif self.root.is_dir():
-            self.kind, (facts, others) = "folder", list_pictures(self.root)
-            self.names = [name for name, _, _ in facts] or self.nothing(others)
-            facts = (os.path.realpath(self.root), facts)
-        else:
+        self.c, self.zip, self.root = c, None, c.data and (find_idx(Path(c.data)) or Path(c.data))
+        if self.root and not self.root.exists():
             raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
+        self.kind = (
+            "drawn" if not self.root else "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
+        )
         how = (FORMAT, self.kind, c.image_size, c.nc, c.fit, torchvision.__version__, PIL.__version__)
+        facts = [DRAWN]
+        if self.root:
+            names = self.names if self.kind == "folder" else [""]
+            infos = [os.stat(self.root / name) for name in names]
+            facts = [os.path.realpath(self.root), names, [(info.st_size, info.st_mtime_ns) for info in infos]]
         self.key = f"{key(how, facts):016x}"
-
-    def nothing(self, others):
-        looked = f"--data {self.root}: looked for {' '.join(sorted(SUFFIXES))} in all of it"
-        raise UserError(f"{looked}, found {others} other files; give the folder or .zip of the pictures")
 
     @functools.cached_property
     def idx(self):
@@ -404,13 +385,17 @@ class Pictures(torch.utils.data.Dataset):
 
     @functools.cached_property
     def names(self):
-        if self.kind != "zip":
+        """What [i] reads, by name or number.  A zip or idx file is opened for it."""
+        if self.kind in ("drawn", "idx"):
             return range(DRAWN if self.kind == "drawn" else len(self.idx))
         try:
-            inside = zipfile.ZipFile(self.root).infolist()
+            files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
         except (zipfile.BadZipFile, NotImplementedError) as e:
             raise UserError(f"--data {self.root} is no folder, .zip or idx file ({e}); give one") from None
-        return [info for info in inside if is_picture(info.filename)] or self.nothing(len(inside))
+        looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
+        if not any(map(is_picture, files)):
+            raise UserError(f"--data {self.root}: {looked}; give the folder or .zip of the pictures")
+        return list(filter(is_picture, files))
 
     def read(self, i):
         if self.kind == "drawn":
@@ -419,11 +404,11 @@ class Pictures(torch.utils.data.Dataset):
             return self.idx[i].expand(self.c.nc, -1, -1)
         if self.kind == "zip":
             self.zip = self.zip or zipfile.ZipFile(self.root)  # each process opens its own
-        name = self.names[i] if self.zip else self.root / self.names[i]
-        size = name.file_size if self.zip else name.stat().st_size
-        if not 0 < size <= 3 * MAX_PIXELS:
-            raise ValueError(f"{size} bytes; 1 to {3 * MAX_PIXELS:,} are allowed")
-        return decode(self.zip.read(name) if self.zip else name.read_bytes(), self.c.nc)
+        name, path = self.names[i], self.root / self.names[i]
+        size = self.zip.getinfo(name).file_size if self.zip else path.stat().st_size
+        if size > 3 * MAX_PIXELS:
+            raise ValueError(f"{size:,} bytes; {3 * MAX_PIXELS:,} are allowed")
+        return decode(self.zip.read(name) if self.zip else path.read_bytes(), self.c.nc)
 
     def __len__(self):
         return len(self.names)
@@ -434,41 +419,29 @@ class Pictures(torch.utils.data.Dataset):
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
                 return fit_picture(self.read(i), self.c.image_size, self.c.fit)
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
-            return f"{getattr(self.names[i], 'filename', self.names[i])}: {type(e).__name__}: " + " ".join(
-                str(e).split()
-            )
+            why = " ".join(str(e).split())
+            return f"{self.names[i]}: {type(e).__name__}: {why}"
 
 
 def sort_out(items):
-    """What a worker read -> its pictures, (n, nc, H, W) uint8 or None, and the words about what is none."""
-    good = [x for x in items if torch.is_tensor(x)]
-    return torch.stack(good) if good else None, [x for x in items if not torch.is_tensor(x)]
-
-
-def too_many(bad, n, c):
-    """Raise UserError if more than the share --max-bad of n pictures are in `bad`, the words about them."""
-    if len(bad) > c.max_bad * n or len(bad) == n:
-        what = f"more than --max-bad {c.max_bad:.1%} of {n} pictures cannot be read"
-        raise UserError("\n  ".join([what, *bad[:100]]))
+    """What a worker read -> the bytes of its pictures, (n, nc, H, W), and the words about what is none."""
+    good = [x.numpy().tobytes() for x in items if torch.is_tensor(x)]
+    return b"".join(good), [x for x in items if not torch.is_tensor(x)]
 
 
 def decode_all(pictures, c, folder):
     """Decode in parallel into folder/pictures.u8, (n, nc, H, W) uint8 in the order of names; and index.json."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
-    loader = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=sort_out)
-    left_out, n = [], 0
+    loader, left_out = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=sort_out), []
     with written_whole(folder / "pictures.u8") as file, progress(len(pictures), "decoding", "img") as bar:
         for good, bad in loader:
+            file.write(good)
             left_out += bad
-            too_many(left_out, len(pictures), c)
-            if good is not None:
-                file.write(good.numpy().data)
-                n += len(good)
             bar.update(16)
     with written_whole(folder / "index.json") as file:
-        index = {"shape": [n, c.nc, c.image_size, c.image_size], "left_out": left_out}
-        file.write(json.dumps(index, indent=1).encode())
+        shape = [len(pictures) - len(left_out), c.nc, c.image_size, c.image_size]
+        file.write(json.dumps({"shape": shape, "left_out": left_out}, indent=1).encode())
 
 
 def read_index(folder):
@@ -479,29 +452,32 @@ def read_index(folder):
 
 
 def load_pictures(c):
-    """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if these pictures are not in it."""
+    """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if these pictures are not in it.
+    Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
     folder, half = cache / pictures.key, cache / "half"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):  # one process decodes; a dead one lets go
-        new = read_index(folder) is None
-        if new:
+        found = read_index(folder)
+        if not found:
             for old in (half, folder):  # of one that was killed
                 shutil.rmtree(old, ignore_errors=True)
             half.mkdir()
             try:
                 decode_all(pictures, c, half)
-            except RuntimeError as e:  # a worker was killed: memory, or a container's small /dev/shm
+            except RuntimeError as e:  # a worker was killed, for memory
                 raise UserError(f"decoding stopped ({str(e).splitlines()[0]}); try --workers 0") from None
             half.rename(folder)
-    index = read_index(folder)
-    (n, *_), bad, size = index["shape"], index["left_out"], math.prod(index["shape"])
-    too_many(bad, n + len(bad), c)
-    where = f"{'decoded into' if new else 'found in'} {folder}, {size / 1e6:.0f} MB"
-    say(f"pictures    {n:,} of {c.data or 'the built-in drawn faces'}, {where}")
+    index = found or read_index(folder)
+    shape, bad, size = index["shape"], index["left_out"], math.prod(index["shape"])
+    if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
+        what = f"more than --max-bad {c.max_bad:.1%} of {shape[0] + len(bad)} pictures cannot be read"
+        raise UserError("\n  ".join([what, *bad[:100]]))
+    where = f"{'found in' if found else 'decoded into'} {folder}, {size / 1e6:.0f} MB"
+    say(f"pictures    {shape[0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
         say(f"            {len(bad)} are left out, all named in {folder / 'index.json'}; such as", *bad[:5])
-    return torch.from_file(str(folder / "pictures.u8"), size=size, dtype=torch.uint8).view(index["shape"])
+    return torch.from_file(str(folder / "pictures.u8"), size=size, dtype=torch.uint8).view(shape)
 
 
 @functools.lru_cache(maxsize=2)
@@ -522,17 +498,18 @@ def batch_indices(n, seed, start, stop):
 
 def download(name, root):
     """Fetch a data set with torchvision into the folder root -> what --data is to be."""
-    root = root or {"mnist": "mnist_dir", "celeba": "celeb_dataset"}[name]
-    by_hand = {"mnist": "put its four idx files there by hand"}
-    by_hand["celeba"] = (
-        "it needs pip install -e '.[download]'; if the quota of its server is spent, run kaggle datasets "
-    )
-    by_hand["celeba"] += "download -d jessicali9530/celeba-dataset, and give the zip to --data as it is"
+    kaggle = "kaggle datasets download -d jessicali9530/celeba-dataset"
+    fetch, folder, by_hand = {
+        "mnist": (torchvision.datasets.MNIST, "mnist_dir", "put its four idx files there by hand"),
+        "celeba": (torchvision.datasets.CelebA, "celeb_dataset", "it needs pip install -e '.[download]'; if the quota "
+                   f"of its server is spent, run {kaggle}, and give the zip to --data as it is"),
+    }[name]  # fmt: skip
+    root = root or folder
     try:
-        {"mnist": torchvision.datasets.MNIST, "celeba": torchvision.datasets.CelebA}[name](root, download=True)
+        fetch(root, download=True)
     except Exception as e:  # no network, no gdown, or the quota
         why = " ".join(str(e).split())[:300]
-        raise UserError(f"--download {name} into {root}: {why}; {by_hand[name]}") from None
+        raise UserError(f"--download {name} into {root}: {why}; {by_hand}") from None
     return root
 
 
@@ -586,7 +563,7 @@ def choose_ops(fused, device):
         ops.load(device)
     except ops.Unavailable as e:
         raise UserError(f"--fused: {e}") from None
-    return ops
+    return types.SimpleNamespace(bn_leaky_relu=ops.bn_leaky_relu, spectral_norm=ops.spectral_norm)
 
 
 # ---------------------------------------------------------------------------------------- the networks
@@ -741,13 +718,11 @@ def summary(net, x):
         n = sum(p.numel() for p in block.parameters())
         lines.append(f"  {', '.join(what):<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
 
-    hooks = [block.register_forward_hook(note) for block in net.blocks]
-    training = net.training
+    net = copy.deepcopy(net).eval()  # a copy: no statistic moves, no hook stays
+    for block in net.blocks:
+        block.register_forward_hook(note)
     with torch.no_grad():
-        net.eval()(x)  # eval: no statistic moves
-    net.train(training)
-    for hook in hooks:
-        hook.remove()
+        net(x)
     return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
@@ -876,8 +851,8 @@ def load(path):
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
             raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError(f"format {saved['format']}, not {FORMAT}")
+        if saved["format"] != FORMAT or type(saved["step"]) is not int or saved["step"] < 0:
+            raise ValueError(f"format {saved['format']}, not {FORMAT}, or an impossible step")
         return {**saved, "config": config(**saved["config"])}
 
 
@@ -1040,29 +1015,25 @@ class Stop:
 
 def open_run(c, given):
     """-> the Config, and the checkpoint where --resume goes on or None.  `given`: the names that the user set."""
-    folder = Path(c.run)
+    folder, saved = Path(c.run), None
     if not c.resume:
         if (folder / "config.json").exists() or any(folder.glob("*.pt")):
             raise UserError(f"{folder} holds a run already; go on with --resume, or name another folder with --run")
         return c, None
     with reading(folder / "config.json"):
         old = config(**json.loads((folder / "config.json").read_text()))
-    saved, checkpoint = None, folder / "checkpoint.pt"
-    if checkpoint.exists() or any(folder.glob("*.pt")):  # else the run was stopped before its first one
-        saved = load(checkpoint)
-    others = [("the command line", c, given - MAY_CHANGE)]
-    others += [(checkpoint, saved["config"], FIELDS.keys() - MAY_CHANGE - {"noise_steps"})] if saved else []
-    for where, other, names in others:
-        for name in names:
-            if getattr(other, name) != getattr(old, name):
-                told = f"{name} is {getattr(old, name)!r}; {where} says {getattr(other, name)!r}"
-                raise UserError(
-                    f"{folder} cannot be resumed: its {told}. Leave it out, or begin another run with --run"
-                )
-    changes = {name: getattr(c, name) for name in given & MAY_CHANGE}
-    changes |= {"run": c.run, "resume": True, "time_limit": c.time_limit}
-    if "epochs" in given:
-        changes.setdefault("steps", 0)
+    claims = [(name, "the command line", getattr(c, name)) for name in given - MAY_CHANGE]
+    if any(folder.glob("*.pt")):  # else the run was stopped before its first one
+        saved = load(folder / "checkpoint.pt")
+        names = FIELDS.keys() - MAY_CHANGE - {"noise_steps"}
+        claims += [(name, "checkpoint.pt", getattr(saved["config"], name)) for name in names]
+    for name, where, value in claims:
+        if value != getattr(old, name):
+            told = f"its {name} is {getattr(old, name)!r}; {where} says {value!r}"
+            raise UserError(f"{folder} cannot be resumed: {told}. Leave it out, or begin another run with --run")
+    changes = {"run": c.run, "resume": True, "time_limit": c.time_limit}
+    changes |= {"steps": 0} if "epochs" in given else {}
+    changes |= {name: getattr(c, name) for name in given & MAY_CHANGE}
     return dataclasses.replace(old, **changes), saved
 
 
@@ -1127,14 +1098,8 @@ def save_run(run):
     with open(run.folder / "log.jsonl", "ab") as log:
         os.fsync(log.fileno())  # no line older than the checkpoint may be lost
     state = {name: part.state_dict() for name, part in run.stateful.items()}
-    save(
-        run.folder / "checkpoint.pt",
-        step=run.step,
-        config=dataclasses.asdict(run.c),
-        sums=run.sums,
-        pictures=len(run.pictures),
-        **state,
-    )
+    state |= {"sums": run.sums, "pictures": len(run.pictures), "config": dataclasses.asdict(run.c)}
+    save(run.folder / "checkpoint.pt", step=run.step, **state)
     save_generator(run, run.folder / "generator.pt")
 
 
@@ -1164,27 +1129,28 @@ def open_folder(run):
 
 
 def take(sums):
-    """-> [loss_d, loss_g, D(x), D(G(z))], means over good steps and processes; how many steps were good, bad.  Then the
-    sums are 0 again.  Here, and only here, the program waits for the device."""
+    """-> the means over good steps and processes of what train_step gave; how many steps were good, bad.  Then the sums
+    are 0 again.  Here, and only here, the program waits for the device."""
     if WORLD > 1:
         dist.all_reduce(sums)
     *values, good, bad = sums.tolist()
     sums.zero_()
-    return [round(value / max(1, good), 5) for value in values], int(good) // WORLD, int(bad) // WORLD
+    means = {n: round(v / max(1, good), 5) for n, v in zip(("loss_d", "loss_g", "d_x", "d_gz"), values, strict=True)}
+    return means, int(good) // WORLD, int(bad) // WORLD
 
 
 def report(run, bar, seconds):
     """A line of log.jsonl and the numbers on the bar."""
-    c, ((loss_d, loss_g, d_x, d_gz), good, skipped) = run.c, take(run.sums[0])
+    c, (means, good, skipped) = run.c, take(run.sums[0])
     if not good:
-        raise UserError(
-            f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the weights. Go on "
-            f"from {run.folder}/checkpoint.pt by --resume --precision fp32, or begin again with a lower --lr"
-        )
-    img_s = round(c.report_every * c.batch_size / seconds, 1)
-    row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), "loss_d": loss_d}
-    row |= {"loss_g": loss_g, "d_x": d_x, "d_gz": d_gz, "img_s": img_s} | ({"skipped": skipped} if skipped else {})
-    bar.set_postfix_str(f"D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s", False)
+        begin = "Begin again with a lower --lr"
+        go_on = f"Go on from {run.folder}/checkpoint.pt by --resume --precision fp32, or begin again with a lower --lr"
+        raise UserError(f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the "
+                        f"weights. {go_on if (run.folder / 'checkpoint.pt').exists() else begin}")  # fmt: skip
+    row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), **means}
+    row |= {"img_s": round(c.report_every * c.batch_size / seconds, 1)} | ({"skipped": skipped} if skipped else {})
+    numbers = "D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s"
+    bar.set_postfix_str(numbers.format(**row), False)
     if RANK == 0:
         run.rows.append(row)
         try:
@@ -1220,9 +1186,9 @@ def sample(run):
 
 def end_epoch(run, epoch):
     """The line of means; a snapshot of G, so that no collapse takes the last good one; the growing GIF."""
-    (loss_d, loss_g, *_), _, _ = take(run.sums[1])
+    means, _, _ = take(run.sums[1])
     epochs = math.ceil(run.total * run.c.batch_size / len(run.pictures))
-    say(f"Epoch [{epoch}/{epochs}] | D Loss: {loss_d:.4f} | G Loss: {loss_g:.4f}")
+    say(f"Epoch [{epoch}/{epochs}] | D Loss: {means['loss_d']:.4f} | G Loss: {means['loss_g']:.4f}")
     if RANK == 0:
         save_generator(run, run.folder / f"snapshots/generator_{run.step:06d}.pt")
         for _, old in numbered(run.folder, "snapshots/generator_*.pt")[: -run.c.keep]:
