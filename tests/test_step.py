@@ -1,9 +1,9 @@
-"""The room of the training step: it equals one written by hand, and a number that is not finite never gets in."""
+"""The room of the training step: it equals one written by hand, and a number that is not finite never gets in.
+
+What a run then does and says: test_numbers.py.
+"""
 
 import itertools
-import json
-import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -396,91 +396,6 @@ def test_a_gradient_that_overflows_moves_nothing_either(preset, start):
             assert p is next(run.G.parameters()) or not moved
         assert not moved & {"0", "2", "3"}  # G, its mean and its optimiser
         before = after
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """-> poisoned(steps): from now on the z of these steps is NaN."""
-    draw_inputs = dcgan.draw_inputs
-
-    def poison(steps):
-        def inputs(c, pictures, step, device):
-            real, z, noise = draw_inputs(c, pictures, step, device)
-            return real, (z * float("nan") if step in steps else z), noise
-
-        monkeypatch.setattr(dcgan, "draw_inputs", inputs)
-
-    return poison
-
-
-def log_of(c):
-    return [json.loads(line) for line in Path(c.run, "log.jsonl").read_text().splitlines()]
-
-
-def test_skipped_steps_are_counted_and_stay_out_of_the_means(tiny, poisoned):
-    c = tiny(steps=10, report_every=5)
-    poisoned({1, 2, 7})
-    assert dcgan.train(c) == 0
-    first, second = log_of(c)
-    assert (first["skipped"], second["skipped"]) == (2, 1)
-    assert all(0 < row[name] < 10 for row in (first, second) for name in ("loss_d", "loss_g", "d_x", "d_gz"))
-
-
-def test_a_run_without_bad_steps_does_not_speak_of_them(tiny):
-    c = tiny(steps=5, report_every=5)
-    assert dcgan.train(c) == 0
-    assert [sorted(row) for row in log_of(c)] == [["d_gz", "d_x", "epoch", "img_s", "loss_d", "loss_g", "step"]]
-
-
-def test_a_whole_report_of_bad_steps_stops_the_run_and_names_the_checkpoint(tiny, poisoned):
-    c = tiny(steps=20, report_every=4, save_every=4)
-    poisoned(set(range(8, 20)))
-    with pytest.raises(dcgan.UserError, match="finite.*checkpoint.pt") as e:
-        dcgan.train(c)
-    assert "\n" not in str(e.value) and c.run in str(e.value)
-    saved = dcgan.load(f"{c.run}/checkpoint.pt")
-    assert saved["step"] == 8 and all(t.isfinite().all() for t in saved["G"].values())
-    assert [row["step"] for row in log_of(c)] == [4, 8]
-
-
-# ---------------------------------------------------------------------------------------- warnings
-
-
-def rows(n=20, **values):
-    common = dict(loss_d=1.2, loss_g=1.0, d_x=0.6, d_gz=0.4)
-    return [{"step": 10 * i, **common, **{k: v(i) if callable(v) else v for k, v in values.items()}} for i in range(n)]
-
-
-def pictures_apart(std):
-    return (128 + std * torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
-
-
-@pytest.mark.parametrize(
-    ("log", "std", "said"),
-    [
-        (rows(loss_d=0.01, loss_g=lambda i: 9 + i), 60, "D has won.*lower --lr-d"),
-        (rows(loss_d=lambda i: 1 + i / 99), 1, "G has collapsed.*--spectral-norm"),
-        (rows(), 60, "flat.*--init"),
-        (rows(loss_d=lambda i: 1 + i / 99), 60, None),
-        (rows(5, loss_d=0.01), 60, None),  # too early to say
-    ],
-)
-def test_a_game_that_goes_wrong_is_said_with_a_hint(log, std, said, capsys):
-    run = types.SimpleNamespace(rows=log, step=200, spread=60.0)
-    dcgan.warn(run, pictures_apart(std))
-    out = " ".join(capsys.readouterr().out.split())
-    if said is None:
-        assert not out
-    else:
-        word, hint = said.split(".*")
-        assert word in out and hint in out and "step 200" in out and out.count("step 200") == 1
-
-
-def test_a_collapsed_g_is_warned_of_while_it_trains(tiny, capsys, monkeypatch):
-    draw = dcgan.draw
-    monkeypatch.setattr(dcgan, "draw", lambda *a: draw(*a)[:1].expand(4, -1, -1, -1))  # all alike
-    assert dcgan.train(tiny(steps=4, report_every=2, sample_every=4)) == 0
-    assert "step 4: G has collapsed" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- precision
