@@ -261,13 +261,14 @@ def test_idx_pictures_can_be_three_channels_and_another_size(tmp_path, config):
 
 
 @pytest.mark.parametrize("gz", [False, True])
-@pytest.mark.parametrize("lie", ["short", "long", "labels", "cut", "empty", "huge", "none", "no gzip"])
+@pytest.mark.parametrize("lie", ["short", "long", "labels", "other kind", "cut", "empty", "huge", "none", "no gzip"])
 def test_a_lying_idx_header_is_one_line_and_little_memory(lie, gz, tmp_path, config):
     data, _ = idx()
     data = {
         "short": struct.pack(">I", 0x803) + struct.pack(">I", 5) + data[8:],
         "long": struct.pack(">I", 0x803) + struct.pack(">I", 7) + data[8:],
         "labels": struct.pack(">II", 0x801, 6) + bytes(6),
+        "other kind": struct.pack(">I", 0x903) + data[4:],  # all else fits: signed bytes
         "cut": data[:-100],
         "empty": b"",
         "huge": struct.pack(">IIII", 0x803, 0xFFFFFFFF, 0xFFFF, 0xFFFF) + data[16:],
