@@ -5,7 +5,7 @@
     python dcgan.py --data celeb_dataset --fused      the same with the fused kernels of csrc/
     python dcgan.py --preset mnist --data mnist_dir   another system: classic, keras, regularized, mnist, demo
     python dcgan.py --run runs/demo-drawn --resume    go on where a run stopped
-    torchrun --nproc-per-node=8 dcgan.py --data ...   the same on many GPUs, or CPU processes
+    torchrun --nproc-per-node=8 -- dcgan.py ...       the same on many GPUs, or CPU processes
     python dcgan.py generate RUN --seeds 0-63         pictures from a run, a checkpoint or a snapshot
     python dcgan.py interpolate RUN --seeds 3,7,12    a walk through latent space: a GIF and a strip
     python dcgan.py info                              device, versions, kernels
@@ -173,11 +173,9 @@ LIMITS = {  # lowest and highest, both allowed
 
 def config(preset="classic", **overrides):
     """-> the Config of a preset with some values set otherwise.  Raises UserError for a wrong name or value."""
-    if preset not in PRESETS:
-        raise UserError(f"preset cannot be {preset!r}; it can be {', '.join(PRESETS)}")
     for name in overrides.keys() - FIELDS.keys():
         raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
-    c = Config(**{**PRESETS[preset], **overrides, "preset": preset})
+    c = Config(**{**PRESETS.get(preset, {}), **overrides, "preset": preset})
     for f in FIELDS.values():
         value, choices = getattr(c, f.name), f.metadata["choices"]
         if type(value) is not f.type and not (f.type is float and type(value) is int):
@@ -227,10 +225,20 @@ def progress(total, what, unit, initial=0):
 
 
 @contextlib.contextmanager
+def explained(what, *errors):
+    """Errors of these kinds become one line: what they mean for the user, and in brackets what they say."""
+    try:
+        yield
+    except errors as e:
+        raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+
+
+@contextlib.contextmanager
 def written_whole(path):
     """A binary file that gets its name when all of it is on the disk: there is always the old one or the new one."""
     half = path.with_name(f".{path.name}.half")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(half, "wb") as file:
             yield file
             file.flush()
@@ -299,14 +307,12 @@ def find_idx(path):
 
 def read_idx(path):
     """-> (n, 1, H, W) uint8 of an idx file, plain or .gz.  Raises UserError if its header lies."""
-    try:
+    with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError, struct.error):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, n, h, w = struct.unpack(">IIII", file.read(16))
             body = bytearray(file.read(min(n * h * w, 1 << 32) + 1))
         if magic != 0x803 or not body or len(body) != n * h * w:
             raise ValueError(f"a header of {magic:#x} and {n} x {h} x {w} bytes; pictures have 0x803")
-    except (OSError, EOFError, ValueError, struct.error) as e:
-        raise UserError(f"{path} is no whole idx file of pictures: {e}") from None
     return torch.frombuffer(body, dtype=torch.uint8).view(n, 1, h, w)
 
 
@@ -365,18 +371,15 @@ class Pictures(torch.utils.data.Dataset):
     `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
 
     def __init__(self, c):
-        self.c, self.zip, self.root = c, None, c.data and (find_idx(Path(c.data)) or Path(c.data))
-        if self.root and not self.root.exists():
-            raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
-        self.kind = (
-            "drawn" if not self.root else "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
-        )
+        self.c, self.zip, self.kind, facts = c, None, "drawn", DRAWN
+        if c.data:
+            self.root = (find_idx(Path(c.data)) or Path(c.data)).absolute()
+            self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
+            if not self.root.exists():
+                raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
+            files = [self.root / name for name in self.names] if self.kind == "folder" else [self.root]
+            facts = [(str(file), (info := file.stat()).st_size, info.st_mtime_ns) for file in files]
         how = (FORMAT, self.kind, c.image_size, c.nc, c.fit, torchvision.__version__, PIL.__version__)
-        facts = [DRAWN]
-        if self.root:
-            names = self.names if self.kind == "folder" else [""]
-            infos = [os.stat(self.root / name) for name in names]
-            facts = [os.path.realpath(self.root), names, [(info.st_size, info.st_mtime_ns) for info in infos]]
         self.key = f"{key(how, facts):016x}"
 
     @functools.cached_property
@@ -388,10 +391,9 @@ class Pictures(torch.utils.data.Dataset):
         """What [i] reads, by name or number.  A zip or idx file is opened for it."""
         if self.kind in ("drawn", "idx"):
             return range(DRAWN if self.kind == "drawn" else len(self.idx))
-        try:
+        what = f"--data {self.root} is no folder, .zip or idx file; give one"
+        with explained(what, zipfile.BadZipFile, NotImplementedError):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
-        except (zipfile.BadZipFile, NotImplementedError) as e:
-            raise UserError(f"--data {self.root} is no folder, .zip or idx file ({e}); give one") from None
         looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
         if not any(map(is_picture, files)):
             raise UserError(f"--data {self.root}: {looked}; give the folder or .zip of the pictures")
@@ -463,10 +465,8 @@ def load_pictures(c):
             for old in (half, folder):  # of one that was killed
                 shutil.rmtree(old, ignore_errors=True)
             half.mkdir()
-            try:
+            with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError):
                 decode_all(pictures, c, half)
-            except RuntimeError as e:  # a worker was killed, for memory
-                raise UserError(f"decoding stopped ({str(e).splitlines()[0]}); try --workers 0") from None
             half.rename(folder)
     index = found or read_index(folder)
     shape, bad, size = index["shape"], index["left_out"], math.prod(index["shape"])
@@ -505,11 +505,8 @@ def download(name, root):
                    f"of its server is spent, run {kaggle}, and give the zip to --data as it is"),
     }[name]  # fmt: skip
     root = root or folder
-    try:
+    with explained(f"--download {name} into {root} cannot be; {by_hand}", Exception):  # no network, gdown or quota
         fetch(root, download=True)
-    except Exception as e:  # no network, no gdown, or the quota
-        why = " ".join(str(e).split())[:300]
-        raise UserError(f"--download {name} into {root}: {why}; {by_hand}") from None
     return root
 
 
@@ -833,16 +830,11 @@ def save(path, **contents):
         file.write(buffer.getbuffer())
 
 
-@contextlib.contextmanager
 def reading(path):
-    """Whatever a missing, damaged or foreign file makes Python or torch raise becomes one line that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one") from None
-    except Exception as e:
-        why = f"{type(e).__name__}: {(str(e).splitlines() or ['?'])[0][:200]}"
-        raise UserError(f"{path} is damaged or of another program or version ({why}); see snapshots/") from None
+    """with reading(path): whatever a missing, damaged or foreign file makes Python or torch raise names the file."""
+    if not Path(path).exists():
+        raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one")
+    return explained(f"{path} is damaged or of another program or version; see snapshots/", Exception)
 
 
 def load(path):
@@ -894,7 +886,6 @@ def grid(x, columns=0):
 
 
 def save_picture(picture, path, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
 
@@ -946,12 +937,10 @@ def choose_device(name):
     """-> the torch.device that is named; auto: the best there is."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = best if name == "auto" else name
-    try:
+    what = f"--device {name} cannot be used here; this machine has {best}"
+    with explained(what, RuntimeError, AssertionError):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({why}); this machine has {best}") from None
     return device
 
 
@@ -987,7 +976,7 @@ class Stop:
         if limit and not re.fullmatch(r"\d+(\.\d+)?[smh]", limit):
             raise UserError(f"--time-limit {limit!r} is no time; write 90s, 30m or 2h")
         seconds = float(limit[:-1]) * {"s": 1, "m": 60, "h": 3600}[limit[-1]] if limit else math.inf
-        self.end, self.code, self.at = time.monotonic() + seconds, -1, 0.0
+        self.end, self.code, self.at = time.monotonic() + seconds, 0, 0.0
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.caught) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -998,13 +987,13 @@ class Stop:
             signal.signal(number, handler)
 
     def caught(self, number, _):
-        if self.code > 0 and time.monotonic() - self.at > 1:  # sooner it is torchrun, which repeats the first one
+        if self.code and time.monotonic() - self.at > 1:  # sooner it is torchrun, which repeats the first one
             os._exit(128 + number)
         self.code, self.at = 128 + number, time.monotonic()
 
     def now(self):
         """-> the exit code, or None to go on; the same on all processes, after the same step."""
-        code = torch.tensor(self.code if self.code > 0 else 0 if time.monotonic() > self.end else -1)
+        code = torch.tensor(self.code or (0 if time.monotonic() > self.end else -1))
         if WORLD > 1:
             dist.all_reduce(code, dist.ReduceOp.MAX)
         return int(code) if code >= 0 else None
@@ -1047,10 +1036,9 @@ def set_up(c, given):
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(c.run) / ".lock")  # held as long as the process lives
-    try:
-        lock.acquire(timeout=0) if RANK == 0 else None
-    except Timeout:
-        raise UserError(f"another process trains in {c.run}; wait for it, or name another folder with --run") from None
+    if RANK == 0:
+        with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
+            lock.acquire(timeout=0)
     c, saved = open_run(c, given)
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
@@ -1098,20 +1086,17 @@ def save_run(run):
     with open(run.folder / "log.jsonl", "ab") as log:
         os.fsync(log.fileno())  # no line older than the checkpoint may be lost
     state = {name: part.state_dict() for name, part in run.stateful.items()}
-    state |= {"sums": run.sums, "pictures": len(run.pictures), "config": dataclasses.asdict(run.c)}
-    save(run.folder / "checkpoint.pt", step=run.step, **state)
+    state |= {"step": run.step, "sums": run.sums, "pictures": len(run.pictures)}
+    save(run.folder / "checkpoint.pt", config=dataclasses.asdict(run.c), **state)
     save_generator(run, run.folder / "generator.pt")
 
 
 def open_folder(run):
     """Make the run's folder what it was at run.step: no later line, sample or snapshot, and nothing half written."""
     folder = run.folder
-    for name in ("samples", "snapshots"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for step, path in numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt"):
-        if step > run.step:
-            path.unlink()
-    for path in [*folder.glob(".*.half"), *folder.glob("*/.*.half")]:
+    (folder / "snapshots").mkdir(parents=True, exist_ok=True)
+    files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
+    for path in [path for step, path in files if step > run.step] + list(folder.rglob(".*.half")):
         path.unlink()
     run.rows, log = [], folder / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
@@ -1129,35 +1114,31 @@ def open_folder(run):
 
 
 def take(sums):
-    """-> the means over good steps and processes of what train_step gave; how many steps were good, bad.  Then the sums
-    are 0 again.  Here, and only here, the program waits for the device."""
-    if WORLD > 1:
-        dist.all_reduce(sums)
+    """-> the means over good steps of what train_step gave, and how many steps were good, bad.  Then the sums are 0
+    again.  Here, and only here, the program waits for the device."""
     *values, good, bad = sums.tolist()
     sums.zero_()
-    means = {n: round(v / max(1, good), 5) for n, v in zip(("loss_d", "loss_g", "d_x", "d_gz"), values, strict=True)}
-    return means, int(good) // WORLD, int(bad) // WORLD
+    names = ("loss_d", "loss_g", "d_x", "d_gz")
+    return {n: round(v / max(1, good), 5) for n, v in zip(names, values, strict=True)}, round(good), round(bad)
 
 
 def report(run, bar, seconds):
     """A line of log.jsonl and the numbers on the bar."""
     c, (means, good, skipped) = run.c, take(run.sums[0])
     if not good:
-        begin = "Begin again with a lower --lr"
-        go_on = f"Go on from {run.folder}/checkpoint.pt by --resume --precision fp32, or begin again with a lower --lr"
-        raise UserError(f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the "
-                        f"weights. {go_on if (run.folder / 'checkpoint.pt').exists() else begin}")  # fmt: skip
+        what = f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the weights"
+        checkpoint = run.folder / "checkpoint.pt"
+        go_on = f"go on from {checkpoint} by --resume --precision fp32, or " if checkpoint.exists() else ""
+        raise UserError(f"{what}: {go_on}begin again with a lower --lr")
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), **means}
     row |= {"img_s": round(c.report_every * c.batch_size / seconds, 1)} | ({"skipped": skipped} if skipped else {})
     numbers = "D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s"
     bar.set_postfix_str(numbers.format(**row), False)
     if RANK == 0:
         run.rows.append(row)
-        try:
-            with open(run.folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(f"cannot write {run.folder}/log.jsonl: {e.strerror}; checkpoint.pt is intact") from None
+        path = run.folder / "log.jsonl"
+        with explained(f"cannot write {path}; checkpoint.pt is intact", OSError), open(path, "a") as log:
+            log.write(json.dumps(row) + "\n")
 
 
 def warn(run, x):
@@ -1208,7 +1189,10 @@ def train(c, given=frozenset()):
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
             decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the start would linger
-            run.sums += train_step(c, run.G, run.D, run.ema, run.opt_g, run.opt_d, *inputs, 1 - decay)
+            numbers = train_step(c, run.G, run.D, run.ema, run.opt_g, run.opt_d, *inputs, 1 - decay)
+            if WORLD > 1:  # means over all processes, so that the checkpoint of one serves them all
+                dist.all_reduce(numbers)
+            run.sums += numbers / WORLD
             run.step += 1
             bar.update()
             now = time.monotonic()
@@ -1251,12 +1235,12 @@ def read_arguments(command, argv, seeds, out):
     p.add_argument("--out", type=Path, help=out)
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1")
     args = p.parse_args(argv)
-    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", args.seeds):
-        raise UserError(f"--seeds {args.seeds!r} is no list of seeds; write 0-63 or 3,7,12")
-    pairs = [(int(part.split("-")[0]), int(part.split("-")[-1])) for part in args.seeds.split(",")]
-    if not 0 < sum(last + 1 - first for first, last in pairs) <= 100_000 or any(last < first for first, last in pairs):
-        raise UserError(f"--seeds {args.seeds!r} must be 1 to 100,000 seeds, each range upwards")
-    seeds = [seed for first, last in pairs for seed in range(first, last + 1)]
+    one = r"\d{1,9}(-\d{1,9})?"
+    good = re.fullmatch(f"{one}(,{one})*", args.seeds)
+    ranges = [range(int(first), int(last or first) + 1) for first, last in re.findall(r"(\d+)-?(\d*)", args.seeds)]
+    if not good or not all(ranges) or sum(map(len, ranges)) > 100_000:
+        raise UserError(f"--seeds {args.seeds!r} is no list of 1 to 100,000 seeds; write 0-63 or 3,7,12")
+    seeds = [seed for part in ranges for seed in part]
     folder = args.source if args.source.is_dir() else args.source.parent
     device = choose_device(args.device)
     return load_generator(args.source, device), device, seeds, folder, args.out
@@ -1321,9 +1305,8 @@ def read_options(argv):
             metavar = "|".join(map(str, m["choices"] or [f.type.__name__.upper()]))
             kind = {"type": f.type, "choices": m["choices"], "metavar": metavar}
         default = f" ({f.default})" if f.default not in ("", False, -1) else ""
-        group.add_argument("--" + f.name.replace("_", "-"), help=m["help"] + default, **kind)
-        for alias in m["alias"]:  # the spellings of pytorch/examples
-            p.add_argument(alias, dest=f.name, help=argparse.SUPPRESS, **kind)
+        names = ["--" + f.name.replace("_", "-"), *m["alias"]]  # and the spellings of pytorch/examples
+        group.add_argument(*names, dest=f.name, help=m["help"] + default, **kind)
     p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     given = vars(p.parse_args(argv))
     lr = given.pop("lr", None)
@@ -1348,6 +1331,12 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as e:  # what gloo and NCCL raise when a process is gone
+        if WORLD == 1:
+            raise
+        why = " ".join(str(e).split())[:200]
+        print(f"dcgan.py: process {RANK} stops, for another has died ({why}); go on with --resume", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
