@@ -1,18 +1,22 @@
 """A run can be killed at any instant, by kill -9, a signal, a full disk or a clock: the next start goes on, and what
 comes out in the end is to the bit what an undisturbed run makes."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from runs import leftovers, rows, same, same_run, saved
 
 import dcgan
+from runs import leftovers, rows, same, same_run, saved
 
 pytest_plugins = "runs"
 
@@ -362,3 +366,28 @@ def test_two_runs_share_one_cache_build(start, tmp_path, data, whole):
     for name in "ab":
         same_run(whole / "run", tmp_path / name / "run")
     same_cache(whole / "cache", cache)
+
+
+@pytest.mark.slow
+def test_a_killed_kernel_build_is_built_again(tmp_path):
+    """The first use of --fused compiles for a minute: whoever kills that finds no half library, no lock, no rubbish."""
+    source = Path(dcgan.__file__).resolve().parent / "csrc"
+    shutil.copytree(source, tmp_path / "csrc", ignore=shutil.ignore_patterns("_build", "*.so", "__pycache__"))
+    command = [sys.executable, "-c", "import csrc, torch; csrc.load(torch.device('cpu'))"]
+    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    for seconds in (0.5, 4, 10):
+        build = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=-3, stderr=-3, start_new_session=True)  # noqa: S603
+        end = time.monotonic() + 120
+        while not list((tmp_path / "csrc").glob("_build/build-*")) and build.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            build.wait(seconds)
+        if build.poll() is None:
+            os.killpg(build.pid, signal.SIGKILL)
+        assert build.wait() in (0, -signal.SIGKILL)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)  # noqa: S603
+    if "could not be built" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "csrc").glob("_build/build-*")) == []
