@@ -1096,7 +1096,8 @@ def open_folder(run):
     folder = run.folder
     (folder / "snapshots").mkdir(parents=True, exist_ok=True)
     files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
-    for path in [path for step, path in files if step > run.step] + list(folder.rglob(".*.half")):
+    later = [path for step, path in files if step > run.step]
+    for path in [*later, *folder.glob(".*.half"), *folder.glob("*/.*.half")]:
         path.unlink()
     run.rows, log = [], folder / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
