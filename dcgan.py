@@ -1333,9 +1333,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except RuntimeError as e:  # what gloo and NCCL raise when a process is gone
-        if WORLD == 1:
-            raise
         why = " ".join(str(e).split())[:200]
+        if WORLD == 1 or not re.search("gloo|nccl|connection|socket|timed out", why, re.IGNORECASE):
+            raise
         print(f"dcgan.py: process {RANK} stops, for another has died ({why}); go on with --resume", file=sys.stderr)
         return 1
 
