@@ -502,7 +502,7 @@ def test_a_picture_that_claims_to_be_huge_is_refused_before_memory_is_spent(name
 def test_a_file_too_large_for_any_picture_is_not_even_read(tmp_path, config, monkeypatch):
     make_pictures(tmp_path / "p", 1)
     with open(tmp_path / "p" / "huge.jpg", "wb") as file:
-        file.truncate(10 << 30)  # ten gigabytes of nothing, on a file system that keeps none of it
+        file.truncate(400_000_000)  # of nothing, on a file system that keeps none of it
     c = config(tmp_path / "p", max_bad=0.5)
 
     def load():
