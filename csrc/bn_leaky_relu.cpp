@@ -150,8 +150,8 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
       A in[4 * Width<T>], shift[Width<T>];
       Sums<T> sums;
       cut.columns(block, [&](int64_t j, int64_t c) { shift[j] = typical(cut.first_channel(block) + c); });
-      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n) {
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in);
+      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
+        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
         add_moments<R, Group<T>>(xs, x_step, shift, sums.a, sums.b, n);
       });
       partials.put(block, chunk, sums.a, sums.b);
@@ -178,9 +178,9 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
     auto apply = [&](int64_t block, int64_t chunk) {
       A in[4 * Width<T>], out[4 * Width<T>];
       Constants<T> k(cut, block, mean, invstd, w, b);
-      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n) {
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in);
-        auto [ys, y_step] = write_lines(y + at, step, n, out);
+      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
+        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
+        auto [ys, y_step] = write_lines(y + at, step, R, n, out);
         activate<R>(xs, x_step, k.mean, k.scale, k.bias, A(slope), ys, y_step, n);
         round_lines(y + at, step, R, n, out);
       });
@@ -211,9 +211,9 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
       A in[4 * Width<T>], grad[4 * Width<T>];
       Sums<T> sums;
       Constants<T> k(cut, block, mean, invstd, w, b);
-      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n) {
-        auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad);
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in);
+      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
+        auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad, ahead);
+        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
         add_gradients<R, Group<T>>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, A(slope), sums.a,
                                    sums.b, n);
       });
@@ -236,10 +236,10 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
       cut.columns(block, [&](int64_t j, int64_t c) {
         ps[j] = p[cut.first_channel(block) + c], qs[j] = q[cut.first_channel(block) + c];
       });
-      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n) {
-        auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad);
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in);
-        auto [dxs, dx_step] = write_lines(dx + at, step, n, out);
+      cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
+        auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad, ahead);
+        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
+        auto [dxs, dx_step] = write_lines(dx + at, step, R, n, out);
         gradient<R>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, ps, qs, A(slope), dxs, dx_step, n);
         round_lines(dx + at, step, R, n, out);
       });

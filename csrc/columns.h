@@ -27,7 +27,8 @@ struct Cut {
   int64_t first_channel(int64_t block) const { return block * per_block; }
   int64_t channels_of(int64_t block) const { return std::min(per_block, channels - first_channel(block)); }
 
-  // f(R, at, step, n) for each piece of a tile, in order: R = 4 or 1 lines of n values, `step` apart
+  // f(R, at, step, n, ahead) for each piece of a tile, in order: R = 4 or 1 lines of n values, `step` apart,
+  // the next piece begins at + ahead
   template <typename F>
   void pieces(int64_t block, int64_t chunk, const F& f) const {
     int64_t begin = rows * chunk / chunks, end = rows * (chunk + 1) / chunks, pitch = channels * inner;
@@ -48,10 +49,10 @@ struct Cut {
   static void down(int64_t at, int64_t lines, int64_t step, int64_t n, const F& f) {
     const int64_t quarter = lines / 4;
     for (int64_t i = 0; i < quarter; ++i) {
-      f(std::integral_constant<int, 4>{}, at + i * step, quarter * step, n);
+      f(std::integral_constant<int, 4>{}, at + i * step, quarter * step, n, step);
     }
     for (int64_t i = 4 * quarter; i < lines; ++i) {
-      f(std::integral_constant<int, 1>{}, at + i * step, step, n);
+      f(std::integral_constant<int, 1>{}, at + i * step, step, n, step);
     }
   }
   // f(column, channel in the block) for the columns of a piece

@@ -58,17 +58,12 @@ DCGAN_CLONES void rank_one(const A* __restrict g, A sigma, const A* __restrict v
 }
 
 inline double length(const std::vector<double>& x) { return std::sqrt(dot(x.data(), x.data(), x.size())); }
-// Where column (input, tap) of the logical order lies in memory
-inline int64_t place(const SnSizes& s, int64_t input, int64_t tap) {
-  return s.channels_last ? tap * (s.cols / s.taps) + input : input * s.taps + tap;
-}
-template <typename A>
-void to_memory_order(const SnSizes& s, const A* v, A* out) {
-  for (int64_t i = 0; i < s.cols; ++i) out[place(s, i / s.taps, i % s.taps)] = v[i];
-}
-template <typename A>
-void to_logical_order(const SnSizes& s, const A* v, A* out) {
-  for (int64_t i = 0; i < s.cols; ++i) out[i] = v[place(s, i / s.taps, i % s.taps)];
+// f(column in the logical order, its place in memory)
+template <typename F>
+void columns(const SnSizes& s, const F& f) {
+  const int64_t inputs = s.cols / s.taps;
+  for (int64_t i = 0, column = 0; i < inputs; ++i)
+    for (int64_t t = 0; t < s.taps; ++t, ++column) f(column, s.channels_last ? t * inputs + i : column);
 }
 // f(first, n) for chunks of 0 .. total, on all threads
 template <typename F>
@@ -95,7 +90,8 @@ double iterate(const A* w, const SnSizes& s, A* u, A* v, double eps, bool update
   });
   if (!update) return dot(u, t.data(), s.rows);
   std::vector<double> product(sums.begin(), sums.begin() + s.cols);  // W't
-  for (int64_t i = s.cols; i < blocks * s.cols; ++i) product[i % s.cols] += sums[i];
+  for (int64_t b = 1; b < blocks; ++b)
+    for (int64_t j = 0; j < s.cols; ++j) product[j] += sums[b * s.cols + j];
   const double norm_t = std::max(length(t), eps), norm_s = length(product) / norm_t;
   const double divisor = std::max(norm_s, eps);
   for (int64_t i = 0; i < s.rows; ++i) u[i] = A(t[i] / norm_t);
@@ -107,7 +103,7 @@ template <typename A, typename Out>
 void scale(const A* w, A sigma, Out* out, int64_t total) {
   in_chunks(total, [&](int64_t at, int64_t n) {
     A buffer[Chunk];
-    divide(w + at, sigma, write_lines(out + at, n, n, buffer).at, n);
+    divide(w + at, sigma, write_lines(out + at, n, 1, n, buffer).at, n);
     round_lines(out + at, n, 1, n, buffer);
   });
 }
@@ -160,10 +156,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
     Tensor y = torch::stable::to(torch::stable::empty_like(w), out);
     Tensor u = torch::stable::clone(as(us[i], dtype)), v = torch::stable::clone(as(vs[i], dtype));
     const A* w_data = w.const_data_ptr<A>();
-    std::vector<A> v_data(s.cols);
-    to_memory_order(s, v.const_data_ptr<A>(), v_data.data());
+    std::vector<A> v_data(s.cols);  // in memory order
+    A* v_logical = v.mutable_data_ptr<A>();
+    columns(s, [&](int64_t column, int64_t place) { v_data[place] = v_logical[column]; });
     A sigma = A(iterate(w_data, s, u.mutable_data_ptr<A>(), v_data.data(), eps, update));
-    to_logical_order(s, v_data.data(), v.mutable_data_ptr<A>());
+    columns(s, [&](int64_t column, int64_t place) { v_logical[column] = v_data[place]; });
     scale(w_data, sigma, static_cast<Out*>(y.mutable_data_ptr()), s.rows * s.cols);
     sigmas.mutable_data_ptr<A>()[i] = sigma;
     scaled.push_back(y), new_us.push_back(u), new_vs.push_back(v);
@@ -188,7 +185,8 @@ std::vector<Tensor> spectral_norm_backward_cpu(std::vector<Tensor> grads, std::v
     const SnSizes s = sn_sizes(w);
     Tensor dw = torch::stable::empty_like(w), u = as(us[i], dtype), v = as(vs[i], dtype);
     std::vector<A> v_data(s.cols);
-    to_memory_order(s, v.const_data_ptr<A>(), v_data.data());
+    const A* v_logical = v.const_data_ptr<A>();
+    columns(s, [&](int64_t column, int64_t place) { v_data[place] = v_logical[column]; });
     backward(static_cast<const In*>(grad.const_data_ptr()), w.const_data_ptr<A>(), u.const_data_ptr<A>(),
              v_data.data(), sigmas.const_data_ptr<A>()[i], s, dw.mutable_data_ptr<A>());
     results.push_back(dw);

@@ -96,25 +96,39 @@ DCGAN_CLONES inline void convert(const float* x, bf16* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) round_to(y[i], x[i]);
 }
 
+// Ask for n values: a conversion reads one line after the other, too few at a time for memory to keep up.
+template <int Write, typename T>
+inline void prefetch(const T* x, int64_t n) {
+#ifdef __GNUC__
+  for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(x + j, Write);
+#endif
+}
 // Up to four lines of adjacent values, `step` apart, in the type that is computed in: memory itself, or a
-// buffer that holds them widened (read) or that round_lines() rounds into memory (write).
+// buffer that holds them widened (read) or that round_lines() rounds into memory (write). The lines that are
+// read next lie `ahead`.
 template <typename A>
 struct Lines {
   A* at;
   int64_t step;
 };
 template <typename T, typename A = wide_t<T>>
-Lines<const A> read_lines(const T* x, int64_t step, int64_t count, int64_t n, A* buffer) {
+Lines<const A> read_lines(const T* x, int64_t step, int64_t count, int64_t n, A* buffer, int64_t ahead = 0) {
   if constexpr (std::is_same_v<T, A>) return {x, step};
   else {
-    for (int64_t r = 0; r < count; ++r) convert(x + r * step, buffer + r * n, n);
+    for (int64_t r = 0; r < count; ++r) {
+      prefetch<0>(x + r * step + ahead, n);
+      convert(x + r * step, buffer + r * n, n);
+    }
     return {buffer, n};
   }
 }
 template <typename T, typename A = wide_t<T>>
-Lines<A> write_lines(T* y, int64_t step, int64_t n, A* buffer) {
+Lines<A> write_lines(T* y, int64_t step, int64_t count, int64_t n, A* buffer) {
   if constexpr (std::is_same_v<T, A>) return {y, step};
-  else return {buffer, n};
+  else {
+    for (int64_t r = 0; r < count; ++r) prefetch<1>(y + r * step, n);
+    return {buffer, n};
+  }
 }
 template <typename T, typename A = wide_t<T>>
 void round_lines(T* y, int64_t step, int64_t count, int64_t n, const A* buffer) {

@@ -265,7 +265,7 @@ def test_bn_far_from_zero_and_with_outliers(device, dtype, layout):
         * (x.double().mean((0, 2, 3)).abs() / x.double().std((0, 2, 3)) + 1)
     )
     assert ((ours[0] - exact[0]).abs().amax((0, 2, 3)) <= lost * exact[0].abs().amax((0, 2, 3))).all()
-    torch.testing.assert_close(ours[5], exact[5].to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(ours[5], exact[5].to(dtype), rtol=32 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_bn_fuzz(device):
