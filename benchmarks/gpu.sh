@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything about the fused ops that needs a GPU, in one go: build, test, sanitise, measure.
+#
+#   bash benchmarks/gpu.sh              from the root of the project, with the Python that shall be used on PATH
+#
+# Goes on after a failure and says at the end what failed; results are in benchmarks/results/ops_cuda.{json,md},
+# logs in runs/gpu/. PYTHON names another interpreter. Takes about 15 minutes.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+LOGS=runs/gpu
+mkdir -p "$LOGS"
+failed=()
+
+step() {  # step NAME COMMAND...: run it, keep its output, note whether it failed
+  local name=$1
+  shift
+  echo "== $name: $*"
+  if "$@" >"$LOGS/$name.log" 2>&1; then tail -n 3 "$LOGS/$name.log"; else
+    failed+=("$name")
+    tail -n 20 "$LOGS/$name.log"
+  fi
+}
+
+nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv || exit 1
+OPS="import dcgan; ops = dcgan.fused_ops(); ops.load('cuda'); print(*ops.status(), sep='\n')"
+step build "$PYTHON" -c "$OPS"
+step tests "$PYTHON" -m pytest tests/test_ops.py -m "not slow" -k "cuda or Cuda" -p no:cacheprovider
+step slow_tests "$PYTHON" -m pytest tests/test_ops.py -m slow -k "cuda or Cuda" -p no:cacheprovider
+step gpu_marked "$PYTHON" -m pytest tests -m gpu -p no:cacheprovider
+
+# The caching allocator hides overruns; a sanitizer that does not start on this device is no failure of ours.
+SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+if [ -z "$SANITIZER" ] || ! "$SANITIZER" "$PYTHON" -c "import torch; torch.ones(1).cuda()" >"$LOGS/probe.log" 2>&1; then
+  echo "== no compute-sanitizer that runs here (${SANITIZER:-not found}): left out"
+else
+  SELECT="(cuda) and (training or eval or groups or strides or values or many_layers) and not fuzz and not compile"
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "$tool" "$SANITIZER" --tool "$tool" --error-exitcode 99 --launch-timeout 0 \
+      "$PYTHON" -m pytest tests/test_ops.py -q -x -k "$SELECT" -p no:cacheprovider
+  done
+fi
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
+
+step benchmark "$PYTHON" benchmarks/ops.py --device cuda
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: ${failed[*]} (logs in $LOGS)"
+  exit 1
+fi
+echo "all passed; commit benchmarks/results/ops_cuda.*"

@@ -1,0 +1,309 @@
+"""How the kernels are built, found and refused: each row of the table in csrc/README.md, and the literal install.
+
+What takes minutes (installs, builds) is marked slow: pytest tests/test_build.py -m slow
+"""
+# ruff: noqa: S603
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcgan
+
+ROOT = Path(__file__).resolve().parents[1]
+ops = dcgan.fused_ops()
+build = ops.build
+
+USE = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("dcgan_ops", "csrc/__init__.py", submodule_search_locations=["csrc"])
+ops = importlib.util.module_from_spec(spec)
+sys.modules["dcgan_ops"] = ops
+spec.loader.exec_module(ops)
+import torch
+try:
+    ops.load("cpu")
+except ops.Unavailable as why:
+    print("UNAVAILABLE", why)
+else:
+    x = torch.randn(4, 3, 5, 5)
+    y = ops.bn_leaky_relu(x, None, None, None, None, True, 0.1, 1e-5, 0.2)
+    expected = torch.nn.functional.leaky_relu(torch.nn.functional.batch_norm(x, None, None, training=True), 0.2)
+    torch.testing.assert_close(y, expected)
+    print("WORKS")
+print(*ops.status(), sep="\\n")
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """-> a copy of what a clone would hold, without anything built."""
+    target = tmp_path / "project"
+    target.mkdir()
+    for name in ("dcgan.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    shutil.copytree(ROOT / "csrc", target / "csrc", ignore=shutil.ignore_patterns("_build", "*.so", "__pycache__"))
+    return target
+
+
+@pytest.fixture
+def venv(tmp_path):
+    """-> a fresh environment, not activated, with the packages of this one in sight."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    lib = tmp_path / "venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    (lib / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "venv"
+
+
+def environment(**changes):
+    return {**{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DCGAN_KERNELS")}, **changes}
+
+
+def use(project, python=sys.executable, **changes):
+    """-> what USE prints, run in the project."""
+    done = subprocess.run(
+        [python, "-c", USE], cwd=project, env=environment(**changes), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def install(project, venv, *flags, **changes):
+    done = subprocess.run(
+        [venv / "bin" / "python", "-m", "pip", "install", *flags, "."],
+        cwd=project, env=environment(**changes), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def no_compiler(tmp_path):
+    """-> a PATH with the tools of an ordinary system but no compiler"""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("sh", "env", "uname", "ldconfig", "git"):
+        if shutil.which(tool):
+            (folder / tool).symlink_to(shutil.which(tool))
+    return {"PATH": str(folder), "CXX": "", "CC": ""}
+
+
+# --------------------------------------------------------------------------------------------- what is found
+
+
+def test_a_library_carries_its_facts():
+    ops.load("cpu")
+    path, why = ops._find("cpu")
+    facts = build.read_facts(path)
+    assert not why and facts == json.loads(ops._modules["cpu"].facts)
+    assert facts["sources"] == build.source_hash("cpu") and facts["torch_target"] == build.TARGET
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_source_is_hashed(project, kind):
+    spec = importlib.util.spec_from_file_location("other_build", project / "csrc" / "build.py")
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    before = other.source_hash(kind)
+    assert before == build.source_hash(kind)
+    mine = [*(p for p in (project / "csrc").iterdir() if p.suffix in (".cpp", ".h", ".cu", ".cuh"))]
+    changed = set()
+    for path in mine:
+        text = path.read_text()
+        path.write_text(text + "\n// edited\n")
+        if other.source_hash(kind) != before:
+            changed.add(path.name)
+        path.write_text(text)
+    lines = [line for p in mine if p.name in changed for line in p.read_text().splitlines()]
+    included = {line.split('"')[1] for line in lines if line.startswith('#include "')}
+    assert set(build.SOURCES[kind]) <= changed and included <= changed
+
+
+def test_a_stale_library_is_passed_by(project):
+    ops.load("cpu")
+    path, _ = ops._find("cpu")
+    shutil.copy(path, project / "csrc" / build.file_name("cpu"))
+    assert "WORKS" in use(project)  # the very same sources: nothing to build
+    with (project / "csrc" / "schemas.cpp").open("a") as file:
+        file.write("// edited\n")
+    said = use(project, CXX="no-such-compiler")
+    assert "UNAVAILABLE" in said and "CXX names no-such-compiler" in said and "is of other sources" in said
+
+
+def test_a_damaged_library_says_what_to_do(project):
+    ops.load("cpu")
+    whole = ops._find("cpu")[0].read_bytes()
+    at = whole.index(b"dcgan-ops-facts")
+    (project / "csrc" / build.file_name("cpu")).write_bytes(whole[at : at + 1000])
+    said = use(project)
+    assert "UNAVAILABLE" in said and "do not load" in said and "delete that file" in said
+
+
+def test_no_compiler_is_one_line(project, tmp_path):
+    said = use(project, XDG_CACHE_HOME=str(tmp_path / "cache"), **no_compiler(tmp_path))
+    (line,) = [line for line in said.splitlines() if line.startswith("UNAVAILABLE")]
+    assert "no C++ compiler found" in line and "install g++" in line and "leave --fused out" in line
+    assert "cpu: no kernels yet; no C++ compiler found" in said
+
+
+def test_old_torch_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1")
+    with pytest.raises(ops.Unavailable, match="need torch 2.11 or later, this is 2.10.1: update torch, or leave"):
+        ops.load("cpu")
+    assert any("need torch 2.11" in line for line in ops.status()) or ops._find("cpu")[0]
+
+
+def test_cuda_refusals(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(build.CannotBuild, match="built without CUDA: install a CUDA build"):
+        build.find_cuda()
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    (home / "bin" / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.1'\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    with pytest.raises(build.CannotBuild, match="is of CUDA 12.4, torch is built for CUDA 13.2: set CUDA_HOME"):
+        build.find_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # another minor version will do
+    assert build.find_cuda() == (str(home), "12.4")
+
+
+def test_architectures_cover():
+    def covers(built, capability):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+            return ops._covers(built)
+
+    assert covers("8.0,9.0+PTX", (8, 6)) and covers("8.0,9.0+PTX", (9, 0)) and covers("8.0,9.0+PTX", (12, 0))
+    assert not covers("8.0,9.0+PTX", (7, 5)) and not covers("9.0", (10, 0)) and not covers("8.6", (8, 0))
+
+
+def test_kernels_option_is_checked(project):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=project,
+        env=environment(DCGAN_KERNELS="yes"),
+        capture_output=True,
+    )
+    assert done.returncode and b"DCGAN_KERNELS is auto, cpu, off or require; got 'yes'" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="torch is built without CUDA: its headers may lack what CUDA needs"
+)
+@pytest.mark.parametrize("source", [s for s in build.SOURCES["cuda"] if s.endswith(".cu")])
+def test_cuda_sources_compile(source, tmp_path):
+    """For sm_80 and sm_90, so that they cannot rot where there is no GPU."""
+    home = build.cuda_home()
+    include = Path(torch.__file__).parent / "include"
+    command = [f"{home}/bin/nvcc", "-std=c++20", *build.COMMON, "--threads=2", "-Xcompiler=-fPIC", "-DUSE_CUDA"]
+    command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [f"-I{include}", f"-I{home}/include"]
+    done = subprocess.run(
+        [*command, "-c", ROOT / "csrc" / source, "-o", tmp_path / "x.o"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_plain_loops_for_other_compilers(project):
+    """Without target_clones, as on other processors: the same results."""
+    assert "WORKS" in use(project, DCGAN_NO_CLONES="1")
+
+
+@pytest.mark.slow
+def test_first_use_by_two_at_once_and_after_a_kill(project):
+    first = subprocess.Popen([sys.executable, "-c", USE], cwd=project, env=environment(), start_new_session=True)
+    while not list(project.glob("csrc/_build/build-*/temp/**/*.o.d")) and first.poll() is None:
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    both = [
+        subprocess.Popen([sys.executable, "-c", USE], cwd=project, env=environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert all("WORKS" in process.communicate(timeout=900)[0] for process in both)
+    assert len(list(project.glob("csrc/_build/*/*.so"))) == 1
+
+
+@pytest.mark.slow
+def test_first_use_where_the_package_cannot_be_written(project, tmp_path):
+    (project / "csrc" / "_build").write_text("in the way")
+    assert "WORKS" in use(project, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").glob("torch_extensions/dcgan_ops/*/*.so"))
+
+
+@pytest.mark.slow
+def test_a_source_that_does_not_compile(project):
+    with (project / "csrc" / "schemas.cpp").open("a") as file:
+        file.write("this is no C++\n")
+    said = use(project)
+    (line,) = [line for line in said.splitlines() if line.startswith("UNAVAILABLE")]
+    assert "could not be built" in line and "schemas.cpp" in line and "error" in line
+
+
+# ------------------------------------------------------------------------------------------------- installing
+
+
+@pytest.mark.slow
+def test_pip_install_editable(project, venv):
+    """Literally; with the torch that is there, without any environment variable, in an environment not activated."""
+    code, said = install(project, venv, "-e")
+    assert code == 0, said
+    record = (project / "csrc" / "_build" / "install.txt").read_text()
+    assert "cpu: built" in record
+    if torch.version.cuda and shutil.which("nvcc"):
+        assert "cuda: built" in record
+    code = "import dcgan_ops; dcgan_ops.load('cpu'); print(dcgan_ops._find('cpu')[0], *dcgan_ops.status(), sep='\\n')"
+    done = subprocess.run(
+        [venv / "bin" / "python", "-c", code], cwd="/", env=environment(), capture_output=True, text=True
+    )
+    assert str(project / "csrc" / build.file_name("cpu")) in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_pip_install_copies_the_sources_too(project, venv):
+    code, said = install(project, venv, DCGAN_KERNELS="cpu")
+    assert code == 0, said
+    shutil.rmtree(project)
+    code = "import dcgan_ops; dcgan_ops.load('cpu'); print(*dcgan_ops.status(), sep='\\n')"
+    done = subprocess.run(
+        [venv / "bin" / "python", "-c", code], cwd="/", env=environment(), capture_output=True, text=True
+    )
+    assert "cpu: kernels ready" in done.stdout and str(venv) in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_pip_install_without_a_compiler(project, venv, tmp_path):
+    code, said = install(project, venv, "-e", **no_compiler(tmp_path))
+    assert code == 0, said
+    assert "cpu: left out: no C++ compiler found" in (project / "csrc" / "_build" / "install.txt").read_text()
+    code, said = install(project, venv, "-e", DCGAN_KERNELS="require", **no_compiler(tmp_path / "venv"))
+    assert code != 0 and "DCGAN_KERNELS=require" in said and "no C++ compiler found" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc") or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
+def test_pip_install_with_a_cuda_source_that_does_not_compile(project, venv):
+    with (project / "csrc" / "spectral_norm_cuda.cu").open("a") as file:
+        file.write("this is no CUDA\n")
+    code, said = install(project, venv, "-e")
+    assert code == 0, said
+    record = (project / "csrc" / "_build" / "install.txt").read_text()
+    assert "cpu: built" in record and "cuda: did not compile" in record and "error" in record
