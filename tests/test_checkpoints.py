@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import same, snapshot
 
 import dcgan
+from runs import same, snapshot
 
 pytest_plugins = "runs"
 

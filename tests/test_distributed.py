@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from runs import free_port, leftovers, rows, same, same_run, saved
 
 import dcgan
+from runs import free_port, leftovers, rows, same, same_run, saved
 
 pytest_plugins = "runs"
 

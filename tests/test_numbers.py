@@ -7,9 +7,9 @@ import types
 
 import pytest
 import torch
-from runs import rows, same, saved, snapshot, stop_after
 
 import dcgan
+from runs import rows, same, saved, snapshot, stop_after
 
 pytest_plugins = "runs"
 

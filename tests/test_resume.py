@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import leftovers, rows, same, same_run, saved, snapshot, stop_after
 
 import dcgan
+from runs import leftovers, rows, same, same_run, saved, snapshot, stop_after
 
 pytest_plugins = "runs"
 
