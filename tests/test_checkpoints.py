@@ -112,6 +112,18 @@ def test_a_flipped_bit_in_a_weight_is_found(run, capsys):
         refused(run, capsys, run / name, argv=command)
 
 
+def test_a_weight_that_calls_itself_a_folder_is_no_random_memory(run):
+    """One flipped bit of the zip's directory, under no checksum: torch then reads nothing, and returns what was there."""
+    whole = bytearray((run / "generator.pt").read_bytes())
+    entries = [m.start() for m in re.finditer(rb"PK\x01\x02", whole)]
+    assert len(entries) > 5
+    for entry in entries:
+        whole[entry + 38] ^= 0x10
+        (run / "generator.pt").write_bytes(whole)
+        whole[entry + 38] ^= 0x10
+        assert damaged(run / "generator.pt") is True
+
+
 @pytest.mark.parametrize("what", ["empty", "text", "zip", "jpeg", "folder", "random", "old torch", "link that loops"])
 def test_what_is_no_checkpoint_is_refused(run, capsys, what):
     file = run / "checkpoint.pt"
