@@ -840,7 +840,10 @@ def reading(path):
 def load(path):
     """-> what `save` wrote, on the CPU, its config as a Config.  Tensors and plain values only: no file runs code."""
     with reading(path):
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
+        archive = zipfile.ZipFile(
+            path
+        )  # torch.load looks at no checksum, and skips a member that is marked as a folder
+        if archive.testzip() or any(member.external_attr for member in archive.infolist()):
             raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT or type(saved["step"]) is not int or saved["step"] < 0:
