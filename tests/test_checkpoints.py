@@ -113,7 +113,7 @@ def test_a_flipped_bit_in_a_weight_is_found(run, capsys):
 
 
 def test_a_weight_that_calls_itself_a_folder_is_no_random_memory(run):
-    """One flipped bit of the zip's directory, under no checksum: torch reads nothing then, and returns what was there."""
+    """One flipped bit of the zip's directory, under no checksum: torch then returns what was in memory."""
     whole = bytearray((run / "generator.pt").read_bytes())
     entries = [m.start() for m in re.finditer(rb"PK\x01\x02", whole)]
     assert len(entries) > 5
