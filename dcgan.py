@@ -1214,11 +1214,11 @@ def train(c, given=frozenset()):
             if RANK == 0 and (due or last or code is not None):
                 save_run(run)
                 saved = now
-    if RANK == 0:
-        save_growth(run.folder)
-        say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
-        say(f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63")
-        say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step == run.total))
+        if RANK == 0:
+            save_growth(run.folder)
+            say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
+            say(f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63")
+            say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step == run.total))
     run.lock.release()
     return code or 0
 

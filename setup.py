@@ -35,7 +35,7 @@ def environment_paths():
     for python in pythons:
         ask = "import sys, json; print(json.dumps([sys.version_info[:2], sys.path]))"
         try:
-            done = subprocess.run(  # noqa: S603
+            done = subprocess.run(  # noqa: S603 - this interpreter, no shell
                 [python, "-c", ask], env=env, cwd=os.path.dirname(python), capture_output=True, text=True, timeout=60
             )
             version, paths = json.loads(done.stdout)

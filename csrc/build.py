@@ -119,7 +119,8 @@ def find_cuda():
     if torch.version.cuda is None:
         raise CannotBuild(f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch first")
     home, wanted = cuda_home(), torch.version.cuda
-    text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout  # noqa: S603
+    nvcc = [f"{home}/bin/nvcc", "--version"]
+    text = subprocess.run(nvcc, capture_output=True, text=True).stdout  # noqa: S603 - the toolkit's own, no shell
     release = re.search(r"release (\d+)\.(\d+)", text)
     if not release:
         raise CannotBuild(f"{home}/bin/nvcc does not run: set CUDA_HOME to a toolkit that works")

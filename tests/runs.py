@@ -388,6 +388,7 @@ def serve():
 
 def become(argv, output, faults, env):
     """Of the forked process: be a run, as `python dcgan.py` would."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     null, file = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for old, new in ((null, 0), (file, 1), (file, 2)):
         os.dup2(old, new)
