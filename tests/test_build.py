@@ -210,7 +210,7 @@ def test_kernels_option_is_checked(project):
 )
 @pytest.mark.parametrize("source", [s for s in build.SOURCES["cuda"] if s.endswith(".cu")])
 def test_cuda_sources_compile(source, tmp_path):
-    """For sm_80 and sm_90, so that they cannot rot where there is no GPU; not optimised, which takes most of the time."""
+    """For sm_80 and sm_90, so that they cannot rot where there is no GPU; not optimised, which takes long."""
     home = build.cuda_home()
     include = Path(torch.__file__).parent / "include"
     command = [
@@ -299,10 +299,11 @@ def test_pip_install_copies_the_sources_too(project, venv):
 
 @pytest.mark.slow
 def test_pip_install_without_a_compiler(project, venv, tmp_path):
-    code, said = install(project, venv, "-e", **no_compiler(tmp_path))
+    bare = no_compiler(tmp_path)
+    code, said = install(project, venv, "-e", **bare)
     assert code == 0, said
     assert "cpu: left out: no C++ compiler found" in (project / "csrc" / "_build" / "install.txt").read_text()
-    code, said = install(project, venv, "-e", DCGAN_KERNELS="require", **no_compiler(tmp_path / "venv"))
+    code, said = install(project, venv, "-e", DCGAN_KERNELS="require", **bare)
     assert code != 0 and "DCGAN_KERNELS=require" in said and "no C++ compiler found" in said
 
 
