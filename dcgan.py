@@ -43,7 +43,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -154,6 +153,8 @@ class Config:
     device: str = opt("auto", "cuda, mps, cpu, cuda:1")
     precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16"])
     fused: bool = opt(False, "use the fused kernels of csrc/")
+    compile: bool = opt(False, "torch.compile both networks: a minute at first")
+    graph: bool = opt(False, "CUDA: replay each step as one graph of kernels")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
     workers: int = opt(-1, "processes that decode pictures; -1: one a core")
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
@@ -247,8 +248,7 @@ def written_whole(path):
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; what stood there before is intact") from None
     finally:
-        with contextlib.suppress(OSError):  # it is gone already, if all went well
-            half.unlink()
+        half.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -306,18 +306,14 @@ def find_idx(path):
 
 
 def read_idx(path):
-    """-> (n, 1, H, W) uint8 of an idx file, plain or .gz.  Raises UserError if its header lies."""
+    """-> (n, H, W) uint8, the pictures of an idx file, plain or .gz.  Raises UserError if its header lies."""
     with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError, struct.error):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, n, h, w = struct.unpack(">IIII", file.read(16))
-            body = bytearray(file.read(min(n * h * w, 1 << 32) + 1))
+            body = file.read(min(n * h * w, 1 << 32) + 1)
         if magic != 0x803 or not body or len(body) != n * h * w:
             raise ValueError(f"a header of {magic:#x} and {n} x {h} x {w} bytes; pictures have 0x803")
-    return torch.frombuffer(body, dtype=torch.uint8).view(n, 1, h, w)
-
-
-def is_picture(name):
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")
+    return np.frombuffer(body, np.uint8).reshape(n, h, w)
 
 
 def list_files(root):
@@ -333,151 +329,136 @@ def list_files(root):
     return sorted(found)
 
 
-def decode(data, nc):
-    """-> (nc, H, W) uint8, upright, from the bytes of a picture.  Raises what its decoder raises, or ValueError."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:  # reads the header, decodes nothing yet
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels; {MAX_PIXELS:,} are allowed")
-        # torchvision is the faster, but takes half a JPEG for a whole one, and crashes on damaged PNGs
-        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and data.endswith(b"\xff\xd9"):
-            mode = torchvision.io.ImageReadMode.RGB if nc == 3 else torchvision.io.ImageReadMode.GRAY
-            with contextlib.suppress(RuntimeError, AttributeError):  # what it refuses, Pillow may read
-                raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return torchvision.io.decode_image(raw, mode, apply_exif_orientation=True)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
-            x = np.asarray(picture, np.float64)
-            high = x.max()
-            top = 65535 if picture.mode != "F" and high > 255 else 255 if high > 1 or picture.mode != "F" else 1
-            picture = Image.fromarray((x * (255 / max(top, high))).clip(0, 255).astype(np.uint8))
-        elif picture.has_transparency_data:  # over white, as a page would show it
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return T.pil_to_tensor(picture.convert("RGB" if nc == 3 else "L"))
+def decode(picture, c):
+    """A Pillow picture as it was opened, of any mode -> the same in RGB, or grey where nc is 1, and upright.
+    Raises ValueError if its header claims too many pixels, and whatever its decoder raises."""
+    mode = "RGB" if c.nc == 3 else "L"
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels; {MAX_PIXELS:,} are allowed")
+    if picture.format == "JPEG":  # comes at 1/2, 1/4 or 1/8 where that is still large enough: twice as fast
+        picture.draft(mode, (c.image_size, c.image_size))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
+        x = np.asarray(picture, np.float64)
+        high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1
+        picture = Image.fromarray((x * (255 / max(x.max(), high))).clip(0, 255).astype(np.uint8))
+    elif picture.has_transparency_data:  # over white, as a page would show it
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
 
 
-def fit_picture(x, size, how):
-    """(C, H, W) uint8 -> (C, size, size): squashed, or the shorter side to `size` and the centre cut out."""
-    h, w = x.shape[-2:]
-    if how == "squash":
-        return T.resize(x, [size, size], antialias=True)
-    if max(h, w) > 8 * min(h, w):  # a strip: cut first, or resizing it could take all the memory there is
-        x = T.center_crop(x, [min(h, 8 * w), min(w, 8 * h)])
-    return T.center_crop(T.resize(x, [size], antialias=True), [size, size])
+def fit_picture(picture, c):
+    """A Pillow picture -> (nc, image_size, image_size) uint8: squashed, or the largest square around its centre."""
+    how = functools.partial(ImageOps.fit, picture) if c.fit == "crop" else picture.resize
+    return T.pil_to_tensor(how((c.image_size, c.image_size), Image.Resampling.BILINEAR))  # antialiased
 
 
 class Pictures(torch.utils.data.Dataset):
-    """What --data points at: [i] -> (nc, H, W) uint8, or the words why not.  Raises UserError if there is nothing.
-    `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
+    """What --data points at: [i] -> (nc, H, W) uint8 array, or the words why not.  Raises UserError where there is
+    nothing.  `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
 
     def __init__(self, c):
-        self.c, self.zip, self.kind, facts = c, None, "drawn", DRAWN
+        self.c, self.kind, facts = c, "drawn", DRAWN
         if c.data:
             self.root = (find_idx(Path(c.data)) or Path(c.data)).absolute()
-            self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
             if not self.root.exists():
                 raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
+            self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
             files = [self.root / name for name in self.names] if self.kind == "folder" else [self.root]
             facts = [(str(file), (info := file.stat()).st_size, info.st_mtime_ns) for file in files]
-        how = (FORMAT, self.kind, c.image_size, c.nc, c.fit, torchvision.__version__, PIL.__version__)
-        self.key = f"{key(how, facts):016x}"
+        self.key = f"{key(FORMAT, self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
 
     @functools.cached_property
-    def idx(self):
-        return read_idx(self.root)
+    def source(self):  # each process opens its own
+        return zipfile.ZipFile(self.root) if self.kind == "zip" else read_idx(self.root)
 
     @functools.cached_property
     def names(self):
         """What [i] reads, by name or number.  A zip or idx file is opened for it."""
         if self.kind in ("drawn", "idx"):
-            return range(DRAWN if self.kind == "drawn" else len(self.idx))
+            return range(DRAWN if self.kind == "drawn" else len(self.source))
         what = f"--data {self.root} is no folder, .zip or idx file; give one"
         with explained(what, zipfile.BadZipFile, NotImplementedError):
-            files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
-        looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
-        if not any(map(is_picture, files)):
+            files = list_files(self.root) if self.kind == "folder" else self.source.namelist()
+        pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
+        pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
+        if not pictures:
+            looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
             raise UserError(f"--data {self.root}: {looked}; give the folder or .zip of the pictures")
-        return list(filter(is_picture, files))
+        return pictures
 
-    def read(self, i):
+    def open(self, name):
+        """-> the Pillow picture, its header read, in most cases not yet decoded."""
         if self.kind == "drawn":
-            return T.pil_to_tensor(draw_face(i, self.c.image_size).convert("RGB" if self.c.nc == 3 else "L"))
+            return draw_face(name, self.c.image_size)
         if self.kind == "idx":
-            return self.idx[i].expand(self.c.nc, -1, -1)
-        if self.kind == "zip":
-            self.zip = self.zip or zipfile.ZipFile(self.root)  # each process opens its own
-        name, path = self.names[i], self.root / self.names[i]
-        size = self.zip.getinfo(name).file_size if self.zip else path.stat().st_size
+            return Image.fromarray(self.source[name])
+        if self.kind == "folder":
+            return Image.open(self.root / name, formats=FORMATS)
+        size = self.source.getinfo(name).file_size
         if size > 3 * MAX_PIXELS:
             raise ValueError(f"{size:,} bytes; {3 * MAX_PIXELS:,} are allowed")
-        return decode(self.zip.read(name) if self.zip else path.read_bytes(), self.c.nc)
+        return Image.open(io.BytesIO(self.source.read(name)), formats=FORMATS)
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self.open(self.names[i]) as picture:
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
-                return fit_picture(self.read(i), self.c.image_size, self.c.fit)
+                return fit_picture(decode(picture, self.c), self.c).numpy()  # other processes pass it by value
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
-            why = " ".join(str(e).split())
-            return f"{self.names[i]}: {type(e).__name__}: {why}"
+            return f"{self.names[i]}: {type(e).__name__}: {' '.join(str(e).split())}"
 
 
-def sort_out(items):
-    """What a worker read -> the bytes of its pictures, (n, nc, H, W), and the words about what is none."""
-    good = [x.numpy().tobytes() for x in items if torch.is_tensor(x)]
-    return b"".join(good), [x for x in items if not torch.is_tensor(x)]
-
-
-def decode_all(pictures, c, folder):
-    """Decode in parallel into folder/pictures.u8, (n, nc, H, W) uint8 in the order of names; and index.json."""
+def decode_all(pictures, c, array, index):
+    """Decode in parallel into the file `array`, (n, nc, H, W) uint8 in the order of names; then say so in `index`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
-    loader, left_out = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=sort_out), []
-    with written_whole(folder / "pictures.u8") as file, progress(len(pictures), "decoding", "img") as bar:
-        for good, bad in loader:
-            file.write(good)
-            left_out += bad
-            bar.update(16)
-    with written_whole(folder / "index.json") as file:
+    loader = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=list)
+    left_out = []
+    with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
+        for batch in loader:
+            left_out += [x for x in batch if isinstance(x, str)]
+            file.write(b"".join(x.tobytes() for x in batch if not isinstance(x, str)))
+            bar.update(len(batch))
+    with written_whole(index) as file:
         shape = [len(pictures) - len(left_out), c.nc, c.image_size, c.image_size]
         file.write(json.dumps({"shape": shape, "left_out": left_out}, indent=1).encode())
 
 
-def read_index(folder):
-    """-> the index of a cache that is whole, else None."""
+def read_index(array, index):
+    """-> what is known of a cache that is whole, else None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        index = json.loads((folder / "index.json").read_text())
-        return index if (folder / "pictures.u8").stat().st_size == math.prod(index["shape"]) else None
+        facts = json.loads(index.read_text())
+        return facts if array.stat().st_size == math.prod(facts["shape"]) else None
 
 
 def load_pictures(c):
     """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if these pictures are not in it.
     Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
-    folder, half = cache / pictures.key, cache / "half"
+    array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):  # one process decodes; a dead one lets go
-        found = read_index(folder)
+        found = read_index(array, index)
         if not found:
-            for old in (half, folder):  # of one that was killed
-                shutil.rmtree(old, ignore_errors=True)
-            half.mkdir()
+            for half in cache.glob(".*.half"):  # of one that was killed
+                half.unlink()
             with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError):
-                decode_all(pictures, c, half)
-            half.rename(folder)
-    index = found or read_index(folder)
-    shape, bad, size = index["shape"], index["left_out"], math.prod(index["shape"])
+                decode_all(pictures, c, array, index)
+    facts = found or read_index(array, index)
+    shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
     if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
         what = f"more than --max-bad {c.max_bad:.1%} of {shape[0] + len(bad)} pictures cannot be read"
         raise UserError("\n  ".join([what, *bad[:100]]))
-    where = f"{'found in' if found else 'decoded into'} {folder}, {size / 1e6:.0f} MB"
+    where = f"{'found in' if found else 'decoded into'} {array}, {size / 1e6:.0f} MB"
     say(f"pictures    {shape[0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
-        say(f"            {len(bad)} are left out, all named in {folder / 'index.json'}; such as", *bad[:5])
-    return torch.from_file(str(folder / "pictures.u8"), size=size, dtype=torch.uint8).view(shape)
+        say(f"            {len(bad)} are left out, all named in {index}; such as", *bad[:5])
+    return torch.from_file(str(array), size=size, dtype=torch.uint8).view(shape)
 
 
 @functools.lru_cache(maxsize=2)
@@ -556,32 +537,30 @@ def choose_ops(fused, device):
     if not fused:
         return PLAIN
     ops = fused_ops()
-    try:
+    with explained("--fused", ops.Unavailable):
         ops.load(device)
-    except ops.Unavailable as e:
-        raise UserError(f"--fused: {e}") from None
     return types.SimpleNamespace(bn_leaky_relu=ops.bn_leaky_relu, spectral_norm=ops.spectral_norm)
 
 
 # ---------------------------------------------------------------------------------------- the networks
 # A network is a list of rows, a family a way to write them: (kind, channels out, kernel, stride, padding, bias,
-# BatchNorm, activation), the activation being LeakyReLU's slope (0: ReLU), "tanh", "sigmoid" or None.
+# BatchNorm, activation).
 
 
 def rows_g(c):
     """The rows of G, from z (N, nz) to pictures (N, nc, H, W)."""
     n, base = halvings(c)
     if c.family == "dcgan":  # [2]: transposed convolutions all the way, from z as a picture of 1 x 1
-        first = ("up", c.ngf << (n - 1), base, 1, 0, False, True, 0.0)
-        middle = [("up", c.ngf << i, 4, 2, 1, False, True, 0.0) for i in reversed(range(n - 1))]
+        first = ("up", c.ngf << (n - 1), base, 1, 0, False, True, "relu")
+        middle = [("up", c.ngf << i, 4, 2, 1, False, True, "relu") for i in reversed(range(n - 1))]
         return [first, *middle, ("up", c.nc, 4, 2, 1, False, False, "tanh")]
     if c.family == "keras":  # wider as the picture grows
-        first = ("dense", c.ngf * base**2, 0, 0, 0, True, False, None)
-        middle = [("up", c.ngf << i, 4, 2, 1, True, False, c.slope) for i in range(n)]
+        first = ("dense", c.ngf * base**2, 0, 0, 0, True, False, "none")
+        middle = [("up", c.ngf << i, 4, 2, 1, True, False, "leaky_relu") for i in range(n)]
         return [first, *middle, ("conv", c.nc, 5, 1, 2, True, False, "sigmoid")]
-    first = ("dense", 4 * c.ngf * base**2, 0, 0, 0, False, True, c.slope)
-    second = ("up", 2 * c.ngf, 5, 1, 2, False, True, c.slope)
-    middle = [("up", c.ngf, 5, 2, 2, False, True, c.slope) for _ in range(n - 1)]
+    first = ("dense", 4 * c.ngf * base**2, 0, 0, 0, False, True, "leaky_relu")
+    second = ("up", 2 * c.ngf, 5, 1, 2, False, True, "leaky_relu")
+    middle = [("up", c.ngf, 5, 2, 2, False, True, "leaky_relu") for _ in range(n - 1)]
     return [first, second, *middle, ("up", c.nc, 5, 2, 2, False, False, "tanh")]
 
 
@@ -589,13 +568,13 @@ def rows_d(c):
     """The rows of D, from pictures (N, nc, H, W) to one logit each."""
     n, base = halvings(c)
     if c.family == "dcgan":  # [2]: BatchNorm everywhere but in the first and last
-        hidden = [("conv", c.ndf << i, 4, 2, 1, False, i > 0, c.slope) for i in range(n)]
-        return [*hidden, ("conv", 1, base, 1, 0, False, False, None)]
+        hidden = [("conv", c.ndf << i, 4, 2, 1, False, i > 0, "leaky_relu") for i in range(n)]
+        return [*hidden, ("conv", 1, base, 1, 0, False, False, "none")]
     if c.family == "keras":
-        hidden = [("conv", c.ndf << min(i, 1), 4, 2, 1, True, False, c.slope) for i in range(n)]
+        hidden = [("conv", c.ndf << min(i, 1), 4, 2, 1, True, False, "leaky_relu") for i in range(n)]
     else:
-        hidden = [("conv", c.ndf << i, 5, 2, 2, True, False, c.slope) for i in range(n)]
-    return [*hidden, ("dense", 1, 0, 0, 0, True, False, None)]
+        hidden = [("conv", c.ndf << i, 5, 2, 2, True, False, "leaky_relu") for i in range(n)]
+    return [*hidden, ("dense", 1, 0, 0, 0, True, False, "none")]
 
 
 class Block(nn.Module):
@@ -605,6 +584,9 @@ class Block(nn.Module):
         super().__init__()
         self.kind, out, k, s, p, bias, bn, self.activation = row
         self.ops, self.dropout, self.dropout2d = ops, dropout, dropout2d
+        self.slope = {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
+        words = [self.kind + f" {k}x{k}, stride {s}" * (k > 0), "BatchNorm" * bn, self.activation]
+        self.label = ", ".join(word for word in words if word not in ("", "none"))
         if self.kind == "dense":
             self.layer = nn.Linear(channels, out, bias)
         elif self.kind == "conv":
@@ -623,6 +605,7 @@ class Block(nn.Module):
     def forward(self, x, weight=None, groups=1):
         """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu."""
         layer, bn = self.layer, self.bn
+        x = x.flatten(1) if self.kind == "dense" else x
         if weight is None:
             x = layer(x)
         elif self.kind == "dense":
@@ -631,10 +614,10 @@ class Block(nn.Module):
             x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
         if bn is not None:
             running = bn.running_mean, bn.running_var, self.training, bn.momentum, bn.eps
-            x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *running, self.activation, groups)
-        elif isinstance(self.activation, float):
-            x = F.leaky_relu(x, self.activation)
-        elif self.activation:
+            x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *running, self.slope, groups)
+        elif self.slope is not None:
+            x = F.leaky_relu(x, self.slope)
+        elif self.activation != "none":  # what ends G, not in bf16
             x = getattr(torch, self.activation)(x.to(torch.promote_types(x.dtype, torch.float32)))
         x = F.dropout(x, self.dropout, self.training)
         return F.dropout2d(x, self.dropout2d, self.training) if self.dropout2d else x
@@ -687,7 +670,7 @@ class Discriminator(nn.Module):
             parts = [(b.layer.weight, b.u, b.v) for b in self.blocks]
             weights = self.ops.spectral_norm(*map(list, zip(*parts, strict=True)), 1e-12, self.training)
         for block, weight in zip(self.blocks, weights, strict=True):
-            x = block(x.flatten(1) if block.kind == "dense" else x, weight, groups)
+            x = block(x, weight, groups)
         return x.flatten().to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -702,18 +685,12 @@ def to_pixels(x, c):
 
 
 def summary(net, x):
-    """-> lines: of each row the layer, the shape that comes out for one picture or z, its parameters; their sum."""
+    """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
     lines = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"]
 
     def note(block, _, y):
-        layer, act = block.layer, block.activation
-        what = [type(layer).__name__]
-        if block.kind != "dense":
-            what[0] += f" {layer.kernel_size[0]}x{layer.kernel_size[1]}, stride {layer.stride[0]}"
-        what += ["BatchNorm"] * (block.bn is not None)
-        what += [] if act is None else [act] if isinstance(act, str) else [f"LeakyReLU {act}" if act else "ReLU"]
         n = sum(p.numel() for p in block.parameters())
-        lines.append(f"  {', '.join(what):<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
+        lines.append(f"  {block.label:<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
 
     net = copy.deepcopy(net).eval()  # a copy: no statistic moves, no hook stays
     for block in net.blocks:
@@ -726,20 +703,26 @@ def summary(net, x):
 # ---------------------------------------------------------------------------------------- the game
 
 
+def to_device(x, device):
+    """x where the device can use it, without waiting for what the device still has to do."""
+    pinned = x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x
+    return pinned.to(device, non_blocking=True)
+
+
 def draw_inputs(c, pictures, step, device):
-    """-> real (n, nc, H, W), z (2, n, nz), noise (3, n, nc, H, W) or zeros: what a step needs from outside.
+    """-> real (n, nc, H, W), z (2, n, nz), noise (3, n, nc, H, W) or zeros (3, 1): what a step needs from outside.
 
     It follows from (seed, step), so there is no state to save; it is drawn for the whole batch and cut to this
     process's n = batch_size / WORLD, so that many processes see what one would."""
     size, here = c.batch_size, slice(RANK * c.batch_size // WORLD, (RANK + 1) * c.batch_size // WORLD)
     indices = batch_indices(len(pictures), c.seed, step * size, (step + 1) * size)[here]
-    real = to_range(pictures[indices.to(pictures.device)].to(device, non_blocking=True), c)
+    real = to_range(to_device(pictures[to_device(indices, pictures.device)], device), c)
     real = real.contiguous(memory_format=torch.channels_last)
     torch.manual_seed(key(c.seed, "step", step))
     z = torch.randn(2, size, c.nz, device=device)[:, here]
     if c.flips:
         real = torch.where(torch.rand(size, 1, 1, 1, device=device)[here] < 0.5, real.flip(-1), real)
-    noise = [0.0] * 3
+    noise = torch.zeros(3, 1, device=device)
     if c.noise and step < c.noise_steps:
         std = c.noise * (1 - step / c.noise_steps)
         noise = std * torch.randn(3, size, *real.shape[1:], device=device)[:, here]
@@ -802,11 +785,13 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     # (2) Update G: maximise log D(G(z))
     ##########################################################################
     if not at_once:  # against the new D; at once: the logits above serve, with their weights and their dropout
+        D.requires_grad_(False)  # its weights need no gradient here, and none is computed
         with precision():
             fake = G(z[1]) if fresh else fake
             logits_fake = D(fake + noise[2])
+        D.requires_grad_(True)
     loss_g = bce(logits_fake, torch.ones_like(logits_fake))
-    loss_g.backward(inputs=list(G.parameters()))  # D's weights need no gradient here, and none is computed
+    loss_g.backward(inputs=list(G.parameters()))
     if at_once:
         good = apply_gradients(opt_d, loss_d, good)
     good = apply_gradients(opt_g, loss_g, good)
@@ -840,9 +825,8 @@ def reading(path):
 def load(path):
     """-> what `save` wrote, on the CPU, its config as a Config.  Tensors and plain values only: no file runs code."""
     with reading(path):
-        archive = zipfile.ZipFile(
-            path
-        )  # torch.load looks at no checksum, and skips a member that is marked as a folder
+        archive = zipfile.ZipFile(path)
+        # torch.load looks at no checksum, and skips a member that is marked as a folder
         if archive.testzip() or any(member.external_attr for member in archive.infolist()):
             raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -870,13 +854,14 @@ def latent(seeds, nz):
 
 
 @torch.inference_mode()
-def draw(G, z, device, chunk=16):
+def draw(G, z, device, precision="fp32", chunk=16):
     """z (n, nz) -> (n, nc, H, W) uint8 on the CPU.  BatchNorm takes its running statistics, and all chunks have one
     size, so that the same z gives the same picture whatever is drawn beside it."""
     training, pictures = G.training, []
     G.eval()
     for part in z.split(chunk):
-        x = G(F.pad(part, (0, 0, 0, chunk - len(part))).to(device))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            x = G(F.pad(part, (0, 0, 0, chunk - len(part))).to(device))
         pictures.append(to_pixels(x[: len(part)], G.config).cpu())
     G.train(training)
     return torch.cat(pictures)
@@ -913,23 +898,23 @@ def save_growth(folder, most=48):
 
 def save_curves(rows, path):
     """losses.png: above the losses of D and G, below D(x) and D(G(z)), from the first step to the last."""
-    bins, first, last = max(1, len(rows) // 400), rows[0]["step"], rows[-1]["step"]
+    per = max(1, len(rows) // 400)  # rows a point, or the lines would be a blur
+    parts, steps = [rows[i : i + per] for i in range(0, len(rows), per)], [rows[0]["step"], rows[-1]["step"]]
     picture = Image.new("RGB", (900, 520), "white")
     pen = ImageDraw.Draw(picture)
-    panels = (230, {"loss_d": "#c03020", "loss_g": "#2050c0"}), (490, {"d_x": "#208040", "d_gz": "#a06010"})
-    for bottom, colors in panels:
-        parts = [rows[i : i + bins] for i in range(0, len(rows), bins)]
-        lines = {name: [sum(row[name] for row in part) / len(part) for part in parts] for name in colors}
+    for bottom, names in (230, ("loss_d", "loss_g")), (490, ("d_x", "d_gz")):
+        lines = {name: [sum(row[name] for row in part) / len(part) for part in parts] for name in names}
         high = 1.0 if "d_x" in lines else min(8.0, max(1.4, *map(max, lines.values())))
         for i in range(5):
             x, y = 50 + i * 207, bottom - i * 50
             pen.line([50, y, 878, y], "#dddddd")
             pen.text((42, y), f"{i / 4 * high:.2f}", "black", anchor="rm")
-            pen.text((x, bottom + 8), f"{first + i / 4 * (last - first):.0f}", "black", anchor="mt")
-        for i, (name, values) in enumerate(lines.items()):
-            width = 828 / max(1, len(values) - 1)
-            pen.line([(50 + k * width, bottom - 200 * min(v / high, 1)) for k, v in enumerate(values)], colors[name], 2)
-            pen.text((60 + 80 * i, bottom - 215), name, colors[name], anchor="lm")
+            pen.text((x, bottom + 8), f"{steps[0] + i / 4 * (steps[1] - steps[0]):.0f}", "black", anchor="mt")
+        for i, (name, color) in enumerate(zip(names, ("#c03020", "#2050c0"), strict=True)):
+            dx = 828 / max(1, len(parts) - 1)
+            points = [(50 + k * dx, bottom - 200 * min(v / high, 1)) for k, v in enumerate(lines[name])]
+            pen.line(points, color, 2)
+            pen.text((60 + 80 * i, bottom - 215), name, color, anchor="lm")
     save_picture(picture, path)
 
 
@@ -940,8 +925,7 @@ def choose_device(name):
     """-> the torch.device that is named; auto: the best there is."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = best if name == "auto" else name
-    what = f"--device {name} cannot be used here; this machine has {best}"
-    with explained(what, RuntimeError, AssertionError):
+    with explained(f"--device {name} cannot be used here; this machine has {best}", RuntimeError, AssertionError):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     return device
@@ -979,20 +963,22 @@ class Stop:
         if limit and not re.fullmatch(r"\d+(\.\d+)?[smh]", limit):
             raise UserError(f"--time-limit {limit!r} is no time; write 90s, 30m or 2h")
         seconds = float(limit[:-1]) * {"s": 1, "m": 60, "h": 3600}[limit[-1]] if limit else math.inf
-        self.end, self.code, self.at = time.monotonic() + seconds, 0, 0.0
+        self.end, self.code, self.again = time.monotonic() + seconds, 0, 0.0
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.caught) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
+        time.sleep(max(0.0, self.again - time.monotonic()))
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def caught(self, number, _):
-        if self.code and time.monotonic() - self.at > 1:  # sooner it is torchrun, which repeats the first one
+        if self.code and time.monotonic() > self.again:
             os._exit(128 + number)
-        self.code, self.at = 128 + number, time.monotonic()
+        if not self.code:  # it may come again at once: torchrun and `timeout` send it twice
+            self.code, self.again = 128 + number, time.monotonic() + 0.5
 
     def now(self):
         """-> the exit code, or None to go on; the same on all processes, after the same step."""
@@ -1023,13 +1009,11 @@ def open_run(c, given):
         if value != getattr(old, name):
             told = f"its {name} is {getattr(old, name)!r}; {where} says {value!r}"
             raise UserError(f"{folder} cannot be resumed: {told}. Leave it out, or begin another run with --run")
-    changes = {"run": c.run, "resume": True, "time_limit": c.time_limit}
-    changes |= {"steps": 0} if "epochs" in given else {}
-    changes |= {name: getattr(c, name) for name in given & MAY_CHANGE}
-    return dataclasses.replace(old, **changes), saved
+    changes = {name: getattr(c, name) for name in given & MAY_CHANGE | {"run", "resume", "time_limit"}}
+    return dataclasses.replace(old, **({"steps": 0} if "epochs" in given else {}) | changes), saved
 
 
-def set_up(c, given):
+def set_up(c, given=frozenset()):
     """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
     device = choose_device(c.device)
     if WORLD > 1 and not dist.is_initialized():
@@ -1061,7 +1045,8 @@ def set_up(c, given):
         say(*summary(G, torch.zeros(2, c.nz)), *summary(D, torch.zeros(2, c.nc, c.image_size, c.image_size)))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
-    hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, fused=True)
+    flags = {"fused": True, "capturable": device.type == "cuda"}
+    hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **flags)
     run = types.SimpleNamespace(c=c, folder=Path(c.run), lock=lock, device=device, pictures=pictures, G=G, D=D, step=0)
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
@@ -1073,11 +1058,27 @@ def set_up(c, given):
         with reading(run.folder / "checkpoint.pt"):
             for name, part in run.stateful.items():
                 part.load_state_dict(saved[name])
+            for opt in (run.opt_g, run.opt_d):
+                opt.param_groups[0].update(flags)  # a checkpoint of another device brings its own
             run.step = saved["step"]
             run.sums.copy_(saved["sums"])
             if saved["pictures"] != len(pictures):
                 say(f"            these were {saved['pictures']:,} before: what follows is another stream of them")
     return run
+
+
+def choose_step(run):
+    """-> step(real, z, noise, ema_weight) as train_step: as it stands, compiled, and on CUDA as one graph."""
+    c, nets = run.c, (run.G, run.D)
+    if c.compile:
+        nets = (torch.compile(run.G), torch.compile(run.D))  # other names for the same weights
+    step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
+    if c.graph:
+        if run.device.type != "cuda" or WORLD > 1:
+            raise UserError(f"--graph needs one process on CUDA; this is {WORLD} on {run.device}: leave it out")
+        inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
+        step = fused_ops().graphed(step, inputs, run.stateful.values())
+    return step
 
 
 def save_generator(run, path):
@@ -1096,13 +1097,13 @@ def save_run(run):
 
 def open_folder(run):
     """Make the run's folder what it was at run.step: no later line, sample or snapshot, and nothing half written."""
-    folder = run.folder
+    folder, log = run.folder, run.folder / "log.jsonl"
     (folder / "snapshots").mkdir(parents=True, exist_ok=True)
     files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
     later = [path for step, path in files if step > run.step]
     for path in [*later, *folder.glob(".*.half"), *folder.glob("*/.*.half")]:
         path.unlink()
-    run.rows, log = [], folder / "log.jsonl"
+    run.rows = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the half line of a run that was killed
             run.rows += [row for row in [json.loads(line)] if row["step"] <= run.step]
@@ -1185,7 +1186,7 @@ def train(c, given=frozenset()):
     """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
     stop = Stop(c.time_limit)
     run = set_up(c, given)
-    c, n, code = run.c, len(run.pictures), None
+    step, c, n, code = choose_step(run), run.c, len(run.pictures), None
     if RANK == 0:
         open_folder(run)
     saved = reported = time.monotonic()
@@ -1193,7 +1194,7 @@ def train(c, given=frozenset()):
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
             decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the start would linger
-            numbers = train_step(c, run.G, run.D, run.ema, run.opt_g, run.opt_d, *inputs, 1 - decay)
+            numbers = step(*inputs, torch.full((), 1 - decay, device=run.device))
             if WORLD > 1:  # means over all processes, so that the checkpoint of one serves them all
                 dist.all_reduce(numbers)
             run.sums += numbers / WORLD

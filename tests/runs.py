@@ -280,13 +280,13 @@ def no_space(name):
 
 
 def slow_pictures(seconds):
-    plain = dcgan.Pictures.read
+    plain = dcgan.Pictures.open
 
-    def read(self, i):
+    def open(self, name):
         time.sleep(float(seconds))
-        return plain(self, i)
+        return plain(self, name)
 
-    dcgan.Pictures.read = read
+    dcgan.Pictures.open = open
 
 
 def slow_steps(seconds):

@@ -129,7 +129,7 @@ def test_the_summary_names_each_layer_its_shape_and_parameters(preset):
         for line, (shape, n) in zip(lines[1:-1], expected, strict=True):
             words = line.split()
             assert words[-1] == f"{n:,}" and words[-2] == "x".join(map(str, shape))
-            assert re.match(r" *(Linear|Conv2d|ConvTranspose2d)", line)
+            assert re.match(r" *(dense|conv|up)", line)
         assert type(net).__name__ in lines[0] and lines[-1].split()[-1] == f"{count(net):,}"
 
 
@@ -137,10 +137,11 @@ def test_the_summary_tells_what_follows_each_layer():
     c, G, D = networks("classic", ngf=4, ndf=4)
     lines = dcgan.summary(G, torch.randn(1, c.nz)) + dcgan.summary(D, torch.zeros(1, 3, 64, 64))
     text = "\n".join(" ".join(line.split()) for line in lines)
-    assert "ConvTranspose2d 4x4, stride 1, BatchNorm, ReLU 32x4x4" in text
-    assert "ConvTranspose2d 4x4, stride 2, tanh 3x64x64" in text
-    assert "Conv2d 4x4, stride 2, LeakyReLU 0.2 4x32x32" in text
-    assert "Conv2d 4x4, stride 2, BatchNorm, LeakyReLU 0.2 8x16x16" in text
+    assert "up 4x4, stride 1, BatchNorm, relu 32x4x4" in text
+    assert "up 4x4, stride 2, tanh 3x64x64" in text
+    assert "conv 4x4, stride 2, leaky_relu 4x32x32" in text
+    assert "conv 4x4, stride 2, BatchNorm, leaky_relu 8x16x16" in text
+    assert "conv 4x4, stride 1 1x1x1" in text
 
 
 # ---------------------------------------------------------------------------------------- sizes and ranges
@@ -234,25 +235,26 @@ def test_batchnorm_has_kerass_numbers_in_mnist_and_pytorchs_elsewhere():
 
 
 def test_where_batchnorm_biases_and_slopes_are():
-    """(BatchNorm, bias, activation) of every layer, as in the sources."""
-    relu, leaky = 0.0, 0.2
-    hidden = [(False, False, leaky), *[(True, False, leaky)] * 3, (False, False, None)]
+    """(BatchNorm, bias, activation, slope) of every layer, as in the sources."""
+    relu, leaky, steep = ("relu", 0.0), ("leaky_relu", 0.2), ("leaky_relu", 0.3)
+    tanh, sigmoid, none = ("tanh", None), ("sigmoid", None), ("none", None)
+    hidden = [(False, False, *leaky), *[(True, False, *leaky)] * 3, (False, False, *none)]
     expected = {
-        "classic": ([*[(True, False, relu)] * 4, (False, False, "tanh")], hidden),
-        "regularized": ([*[(True, False, relu)] * 4, (False, False, "tanh")], hidden),
+        "classic": ([*[(True, False, *relu)] * 4, (False, False, *tanh)], hidden),
+        "regularized": ([*[(True, False, *relu)] * 4, (False, False, *tanh)], hidden),
         "keras": (
-            [(False, True, None), *[(False, True, leaky)] * 3, (False, True, "sigmoid")],
-            [*[(False, True, leaky)] * 3, (False, True, None)],
+            [(False, True, *none), *[(False, True, *leaky)] * 3, (False, True, *sigmoid)],
+            [*[(False, True, *leaky)] * 3, (False, True, *none)],
         ),
         "mnist": (
-            [*[(True, False, 0.3)] * 3, (False, False, "tanh")],
-            [*[(False, True, 0.3)] * 2, (False, True, None)],
+            [*[(True, False, *steep)] * 3, (False, False, *tanh)],
+            [*[(False, True, *steep)] * 2, (False, True, *none)],
         ),
     }
     for preset, pair in expected.items():
         _, *nets = networks(preset, ngf=2, ndf=2)
         for net, rows in zip(nets, pair, strict=True):
-            found = [(b.bn is not None, b.layer.bias is not None, b.activation) for b in net.blocks]
+            found = [(b.bn is not None, b.layer.bias is not None, b.activation, b.slope) for b in net.blocks]
             assert found == rows, preset
 
 
