@@ -24,10 +24,8 @@ step() {  # step NAME COMMAND...: run it, keep its output, note whether it faile
 
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv || exit 1
 OPS="import dcgan; ops = dcgan.fused_ops(); ops.load('cuda'); print(*ops.status(), sep='\n')"
-step build "$PYTHON" -c "$OPS"
-step tests "$PYTHON" -m pytest tests/test_ops.py -m "not slow" -k "cuda or Cuda" -p no:cacheprovider
-step slow_tests "$PYTHON" -m pytest tests/test_ops.py -m slow -k "cuda or Cuda" -p no:cacheprovider
-step gpu_marked "$PYTHON" -m pytest tests -m gpu -p no:cacheprovider
+step kernels "$PYTHON" -c "$OPS"
+step tests "$PYTHON" -m pytest tests -m gpu -p no:cacheprovider
 
 # The caching allocator hides overruns; a sanitizer that does not start on this device is no failure of ours.
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)

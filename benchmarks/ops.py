@@ -4,9 +4,9 @@
     python benchmarks/ops.py --device cuda        on a GPU, in CUDA graph replay
     python benchmarks/ops.py --quick              a few rows, to see that it runs; writes nothing
 
-Every result is checked against eager PyTorch before it is timed.  The variants of a row run in turn (A B C A B C),
-so that what the machine does besides hits all of them; a figure is the median, its spread the distance between the
-quartiles.  On the CPU time is the CPU time of the one thread that works, once with the allocator as it comes and
+Every result is checked against eager PyTorch before it is timed.  The variants of a row run in turn, in bursts of
+four calls of which the first is not counted: what the machine does besides hits all of them, and each finds in the
+caches what it left there itself.  A figure is the median, its spread the distance between the quartiles.  On the CPU time is the CPU time of the one thread that works, once with the allocator as it comes and
 once with memory kept between calls, as dcgan.py trains.  Bytes are those that the fused algorithm must move
 (csrc/bn_leaky_relu.cpp, csrc/spectral_norm.cpp), the share is of a large copy measured in the same run.
 Writes benchmarks/results/ops_<device>.json and .md.
@@ -50,15 +50,17 @@ def eager_in_place(*args):
 
 
 def measure_cpu(variants, seconds):
-    """-> {name: list of ms}: thread CPU time, the variants in turn."""
+    """-> {name: list of ms}: thread CPU time, the variants in turn, in bursts."""
     for run in variants.values():
         run(), run()
     times, end = {name: [] for name in variants}, time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 15:
         for name, run in variants.items():
-            start = time.thread_time()
             run()
-            times[name].append((time.thread_time() - start) * 1e3)
+            for _ in range(3):
+                start = time.thread_time()
+                run()
+                times[name].append((time.thread_time() - start) * 1e3)
     return times
 
 
@@ -247,12 +249,23 @@ def summary(rows):
     return lines
 
 
+def losses(rows):
+    """-> lines: where the fused op takes longer than eager PyTorch, by how much, and the spread of both."""
+    lines = []
+    for r in (r for r in rows if r["variant"] == "fused" and r["times_eager"] < 1):
+        same = ("op", "shape", "dtype", "layout", "direction", "allocator")
+        eager = next(e for e in rows if e["variant"] == "eager" and all(e[k] == r[k] for k in same))
+        times = f"{r['ms']} ms +- {r['spread_ms']} against {eager['ms']} +- {eager['spread_ms']}"
+        lines.append(f"- {', '.join(str(r[k]) for k in same)}: {times}")
+    return lines or ["- none"]
+
+
 def table(rows, facts):
     lines = [f"# Fused ops on {facts['device']}", "", f"`{facts['command']}`, {facts['date']}, torch {facts['torch']},"]
     lines += [f"{facts['threads']} thread(s), copy {facts['copy_gb_s']} GB/s. {facts['note']}", ""]
     lines += ["Summed over D's three BatchNorms, and over its five weights:", ""]
     lines += ["| op | allocator | dtype | layout | direction | fused ms | fused is faster by |", "|" + "---|" * 7]
-    lines += [*summary(rows), "", "All rows; `kept` is what lives between forward and backward:", ""]
+    lines += [*summary(rows), "", "Slower than eager PyTorch:", "", *losses(rows), "", "All rows; `kept` is what lives between forward and backward:", ""]
     names = ["op", "shape", "dtype", "layout", "direction", "allocator", "variant", "ms", "spread_ms", "times_eager"]
     names += ["gb_s", "share_of_copy", "launches", "kept_mb"]
     lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]

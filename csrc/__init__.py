@@ -10,25 +10,29 @@ This file adds what PyTorch wants to know about them (shapes for torch.compile, 
 statistics and u, v with one copy each.  Numbers, layouts and sources stand at the head of each kernel file.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-import tempfile
-from importlib.machinery import ExtensionFileLoader
-from pathlib import Path
-
 import torch
 
-from . import build
+from . import build, libraries
+from .graph import graphed
+from .libraries import Unavailable, status
 
-HERE = Path(__file__).resolve().parent
-RECORD = "_build/install.txt"  # what the install said about each library, one line each
-_modules = {}  # kind -> the loaded module
+__all__ = ["Unavailable", "bn_leaky_relu", "build", "graphed", "load", "spectral_norm", "status"]
 
 
-class Unavailable(RuntimeError):
-    """One line: why there are no kernels for a device, and the command to run."""
+def load(device) -> None:
+    """Make the ops ready for a device ("cpu", "cuda", "cuda:1" or a torch.device).
+
+    Builds their library where there is none, or one of other sources: once, with ninja, into csrc/_build or, where
+    that cannot be written, a user cache.  Any number of processes may do so at once, and any may be killed.
+
+    Raises:
+        Unavailable: why there are no kernels for it, and what to do, in one line.
+    """
+    for kind in libraries.needed(device):
+        if kind not in libraries.loaded:
+            libraries.load(kind)
+            if kind == "cpu":  # which has the schemas
+                _register()
 
 
 # ---------------------------------------------------------------------------------------------- the two ops
@@ -44,7 +48,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
         training: use the statistics of the batch, else the running ones.
         momentum: share of the new statistics in the running ones, 0 to 1.
         eps: added to the variance.
-        slope: of the negative side; 0 gives ReLU.
+        slope: of the negative side, any number; 0 gives ReLU.
         groups: in training, statistics per contiguous part of the batch; running statistics see them in order.
 
     Raises:
@@ -107,7 +111,7 @@ def _check_device(name, tensor):
     kind = tensor.device.type
     if kind not in ("cpu", "cuda", "meta"):
         raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
-    if kind in ("cpu", "cuda") and kind not in _modules:
+    if kind != "meta" and kind not in libraries.loaded:
         load(kind)
 
 
@@ -115,7 +119,7 @@ def _check_device(name, tensor):
 
 
 def _register():
-    """Fake kernels and autograd.  Called once, when the operators are there."""
+    """Fake kernels and autograd, once the operators are there."""
     library = torch.library
     library.register_fake("dcgan::bn_leaky_relu", _bn_fake)
     library.register_fake("dcgan::bn_leaky_relu_backward", _bn_backward_fake)
@@ -215,176 +219,3 @@ def _no_second_derivative(name):
         )
 
     return backward
-
-
-# ------------------------------------------------------------------------------------ finding and building
-
-
-def load(device) -> None:
-    """Make the ops ready for a device ("cpu", "cuda", "cuda:1" or a torch.device).
-
-    Builds their library where there is none, or one of other sources: once, with ninja, into csrc/_build or, where
-    that cannot be written, a user cache.  Any number of processes may do so at once, and any may be killed.
-
-    Raises:
-        Unavailable: why there are no kernels for it, and what to do, in one line.
-    """
-    kind = torch.device(device).type
-    if kind not in build.SOURCES:
-        raise Unavailable(f"the fused kernels run on cpu and cuda, not on {kind}: leave --fused out")
-    try:
-        build.check_torch()
-    except build.CannotBuild as why:
-        raise Unavailable(str(why)) from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise Unavailable("no CUDA device is available to torch: choose --device cpu, or leave --fused out")
-    first = not _modules
-    for one in ("cpu",) if kind == "cpu" else ("cpu", "cuda"):  # schemas are in the CPU library
-        if one not in _modules:
-            path, _ = _find(one)
-            _modules[one] = _import(one, path or _build(one))
-    if first:
-        _register()
-
-
-def status() -> list[str]:
-    """-> a line or two for each library: what is there and from where, or why not and what to do.  Builds nothing."""
-    lines = []
-    for kind in build.SOURCES:
-        path, old = _find(kind)
-        if path:
-            facts = build.read_facts(path)
-            made = f"compiler {facts['compiler']}" if kind == "cpu" else f"CUDA {facts['cuda']}"
-            arch = "" if kind == "cpu" else f" for {facts['architectures']}"
-            lines.append(f"{kind}: kernels ready{arch} ({made}, torch {facts['built_with_torch']}): {path}")
-            continue
-        said = [line for line in _read(HERE / RECORD).splitlines() if line.startswith(f"{kind}: ")]
-        if old:
-            lines.append(f"{kind}: {old}")
-        if said and "built" not in said[0]:
-            lines.append(f"{kind}: at the installation: {said[0].split(': ', 1)[1]}")
-        lines.append(f"{kind}: no kernels yet; {_outlook(kind)}")
-    return lines
-
-
-def _outlook(kind):
-    """What would happen on first use."""
-    try:
-        build.check_torch()
-        if kind == "cuda" and not torch.cuda.is_available():
-            return "no CUDA device is available to torch here"
-        build.find_compiler()
-        if kind == "cuda":
-            build.find_cuda()
-    except build.CannotBuild as why:
-        return str(why)
-    return "the first --fused builds them (or now: pip install -e .)"
-
-
-def _read(path):
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _key(kind):
-    """The folder name of a first-use build: one for each source state, Python and set of GPU architectures."""
-    name = f"{build.source_hash(kind)}-{sys.implementation.cache_tag}"
-    return name if kind == "cpu" else f"{name}-{build.architectures()}".replace(";", "_")
-
-
-def _roots():
-    """Where first-use builds go: beside this file if that can be written, else a cache of the user."""
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions"
-    )
-    return [HERE / "_build", Path(cache) / "dcgan_ops"]
-
-
-def _find(kind):
-    """-> (a library that fits these sources and this device or None, why another one does not fit)"""
-    why = ""
-    places = [HERE, *(root / _key(kind) for root in _roots())]
-    for path in (place / build.file_name(kind) for place in places):
-        facts = build.read_facts(path)
-        if not facts:
-            continue
-        if facts["sources"] != build.source_hash(kind):
-            why = f"{path} is of other sources ({facts['sources']}, not {build.source_hash(kind)})"
-        elif kind == "cuda" and not _covers(facts["architectures"]):
-            why = f"{path} is compiled for {facts['architectures']}, not for this GPU"
-        else:
-            return path, ""
-    return None, why
-
-
-def _covers(architectures):
-    """Whether code for "8.0,9.0+PTX" runs on the GPUs that are here: same major version, or PTX of an older one."""
-    if not torch.cuda.is_available():
-        return True
-    built = [
-        (tuple(int(n) for n in one.removesuffix("+PTX").split(".")), one.endswith("+PTX"))
-        for one in architectures.split(",")
-        if one.removesuffix("+PTX").replace(".", "").isdigit()
-    ]
-    have = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return all(any((a[0] == h[0] or ptx) and a <= h for a, ptx in built) for h in have)
-
-
-def _writable(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True
-
-
-def _import(kind, path):
-    loader = ExtensionFileLoader(f"{__name__}._{kind}", str(path))
-    try:
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        loader.exec_module(module)
-    except ImportError as error:
-        raise Unavailable(
-            f"the {kind} kernels in {path} do not load ({error}): delete that file and try again, or leave --fused out"
-        ) from None
-    return module
-
-
-def _build(kind):
-    """Build a library for these sources and this device.  -> its path.
-
-    In a private folder, then moved into place in one step; the lock, which the system drops when its holder dies,
-    only saves the others the work.
-    """
-    from filelock import FileLock  # comes with torch
-
-    root = next((r for r in _roots() if _writable(r)), None)
-    if root is None:
-        raise Unavailable(f"neither {_roots()[0]} nor {_roots()[1]} can be written: set TORCH_EXTENSIONS_DIR")
-    target = root / _key(kind) / build.file_name(kind)
-    with (
-        FileLock(str(root / f"{_key(kind)}.{kind}.lock")),
-        tempfile.TemporaryDirectory(prefix="build-", dir=root) as work,
-    ):
-        path, _ = _find(kind)
-        if path:
-            return path  # another process was faster
-        print(f"dcgan_ops: building the {kind} kernels, once (up to a minute) ...", file=sys.stderr, flush=True)
-        command = [sys.executable, str(HERE / "build.py"), kind, "--into", work]
-        done = subprocess.run(  # noqa: S603 - our own build.py
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        if done.returncode:
-            log = root / f"{kind}.log"
-            log.write_text(done.stdout)
-            lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["no output"]
-            reason = next((line for line in lines if "cannot build: " in line or "error:" in line), lines[-1])
-            raise Unavailable(
-                f"the {kind} kernels could not be built: {reason.removeprefix('cannot build: ')} (all of it: {log})"
-            )
-        target.parent.mkdir(exist_ok=True)
-        os.replace(os.path.join(work, build.file_name(kind)), target)
-    return target

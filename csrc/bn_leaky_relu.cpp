@@ -21,15 +21,10 @@
 #include <cmath>
 #include <limits>
 
-#include "checks.h"
 #include "columns.h"
-#include "vectors.h"
 
 namespace dcgan {
 namespace {
-// Columns of a piece, so that its four lines, sums and constants fit the L1 cache
-template <typename T>
-constexpr int64_t Width = sizeof(T) == 2 ? 256 : 512;
 template <typename T>  // halfs have few digits: four of them may be added in fp32
 using Group = std::conditional_t<sizeof(T) == 2, float, double>;
 
@@ -92,34 +87,7 @@ DCGAN_CLONES void gradient(const A* __restrict dy, int64_t dy_step, const A* __r
   }
 }
 
-template <typename T>
-struct Sums {  // per column of a tile; `b` half a page from `a`, or the processor takes one for the other
-  double a[Width<T>] = {}, gap[Width<T> == 512 ? 256 : 0], b[Width<T>] = {};
-};
-
 // ------------------------------------------------------------------------------------ the two directions
-template <typename T, typename A = wide_t<T>>
-struct Constants {  // per column of a tile
-  A mean[Width<T>], scale[Width<T>], bias[Width<T>];
-  Constants(const Cut& cut, int64_t block, const A* means, const A* invstds, const A* weight,
-            const A* biases) {
-    int64_t first = cut.first_channel(block);
-    cut.columns(block, [&](int64_t j, int64_t c) {
-      mean[j] = means[first + c];
-      scale[j] = weight ? weight[first + c] * invstds[first + c] : invstds[first + c];
-      bias[j] = biases ? biases[first + c] : A(0);
-    });
-  }
-};
-template <typename A>
-const A* data(const OptionalTensor& t) {
-  return t ? t->const_data_ptr<A>() : nullptr;
-}
-template <typename A>
-A* writable(const OptionalTensor& t) {
-  return t ? t->mutable_data_ptr<A>() : nullptr;
-}
-
 // running_*: read in eval mode, changed in training
 template <typename T, typename A = wide_t<T>>
 void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& sizes,
@@ -127,7 +95,7 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
              const Tensor& invstds, const OptionalTensor& running_mean, const OptionalTensor& running_var,
              bool training, double momentum, double eps, double slope) {
   const Cut cut(sizes, Width<T>);
-  const A *w = data<A>(weight), *b = data<A>(bias);
+  const A *w = read_only<A>(weight), *b = read_only<A>(bias);
   A *r_mean = writable<A>(running_mean), *r_var = writable<A>(running_var);
   const double M = double(sizes.count);
   for (int64_t g = 0; g < sizes.groups; ++g) {
@@ -195,7 +163,7 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
               const Tensor& invstds, const Tensor& dweights, const Tensor& dbiases, bool training,
               double slope) {
   const Cut cut(sizes, Width<T>);
-  const A *w = data<A>(weight), *b = data<A>(bias);
+  const A *w = read_only<A>(weight), *b = read_only<A>(bias);
   A *dweight = dweights.mutable_data_ptr<A>(), *dbias = dbiases.mutable_data_ptr<A>();
   const double M = double(sizes.count);
   std::vector<A> p(cut.channels), q(cut.channels);
@@ -247,20 +215,6 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
     cut.run(sums, finish, apply);
   }
 }
-
-OptionalTensor as(const OptionalTensor& t, ScalarType dtype) {
-  return t ? OptionalTensor(dcgan::as(*t, dtype)) : std::nullopt;
-}
-// f(T{}) for the storage type T of `dtype`
-template <typename F>
-void dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(bf16{});
-    case ScalarType::Half: return f(fp16{});
-    default: return f(float{});
-  }
-}
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cpu(
@@ -290,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_leaky_relu_cpu(
     Tensor none = new_like(x, {0}, running_mean ? running_mean->scalar_type() : acc);
     return {y, mean, invstd, none, torch::stable::empty_like(none)};
   }
-  return {y, mean, invstd, dcgan::as(*new_mean, running_mean->scalar_type()),
-          dcgan::as(*new_var, running_var->scalar_type())};
+  return {y, mean, invstd, as(*new_mean, running_mean->scalar_type()),
+          as(*new_var, running_var->scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_leaky_relu_backward_cpu(

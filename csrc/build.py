@@ -41,9 +41,9 @@ class CannotBuild(RuntimeError):
 
 def source_hash(kind):
     """-> 12 hex digits that change with every source and flag of a library, which carries those of its build."""
-    headers = ["checks.h", "cuda_common.cuh"] if kind == "cuda" else ["checks.h", "columns.h", "vectors.h"]
+    headers = {"checks.h", *(path.name for path in HERE.glob("*.h" if kind == "cpu" else "*.cuh"))}
     digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
-    for name in SOURCES[kind] + headers:
+    for name in SOURCES[kind] + sorted(headers):
         digest.update(name.encode() + (HERE / name).read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:12]
 

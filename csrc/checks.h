@@ -61,6 +61,9 @@ inline Tensor as(const Tensor& t, ScalarType dtype) {
   Tensor cast = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
 }
+inline OptionalTensor as(const OptionalTensor& t, ScalarType dtype) {
+  return t ? OptionalTensor(as(*t, dtype)) : std::nullopt;
+}
 inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
   bool same_type = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu();
   check(same_type && t.get_device_index() == x.get_device_index(), name,

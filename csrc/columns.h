@@ -5,9 +5,12 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "vectors.h"
 
 namespace dcgan {
+// Columns of a piece, so that its four lines, sums and constants fit the L1 cache
+template <typename T>
+constexpr int64_t Width = sizeof(T) == 2 ? 256 : 512;
 // `blocks` blocks of `per_block` channels, each cut into `chunks` tiles along the rows, a tile into pieces.
 //   NCHW           per row of x a run of per_block * inner adjacent values, or pieces of one channel's run
 //   channels_last  few channels: whole rows, several to a line; many channels: `limit` channels of each row
@@ -80,6 +83,23 @@ struct Cut {
     } else {
       each([&](int64_t b, int64_t c) { sums(b, c), finish(b), apply(b, c); });
     }
+  }
+};
+template <typename T>
+struct Sums {  // per column of a tile; `b` half a page from `a`, or the processor takes one for the other
+  double a[Width<T>] = {}, gap[Width<T> == 512 ? 256 : 0], b[Width<T>] = {};
+};
+template <typename T, typename A = wide_t<T>>
+struct Constants {  // per column of a tile
+  A mean[Width<T>], scale[Width<T>], bias[Width<T>];
+  Constants(const Cut& cut, int64_t block, const A* means, const A* invstds, const A* weight,
+            const A* biases) {
+    int64_t first = cut.first_channel(block);
+    cut.columns(block, [&](int64_t j, int64_t c) {
+      mean[j] = means[first + c];
+      scale[j] = weight ? weight[first + c] * invstds[first + c] : invstds[first + c];
+      bias[j] = biases ? biases[first + c] : A(0);
+    });
   }
 };
 // Two sums per channel and chunk, fp64

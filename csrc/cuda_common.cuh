@@ -137,6 +137,12 @@ struct Param {
       static_cast<T*>(data)[c] = T(value);
   }
 };
+template <typename T>
+Param<T> param(const OptionalTensor& t, ScalarType x) {
+  return {t ? t->data_ptr() : nullptr, t && t->scalar_type() != x};
+}
+inline Tensor in_row_order(const Tensor& t) { return as(t, t.scalar_type()); }
+inline OptionalTensor in_row_order(const OptionalTensor& t) { return t ? in_row_order(*t) : t; }
 
 // Calls f with a zero of the C++ type that `type` names: kernels are launched from templates, not from the
 // body of a macro, which the commas of <<<blocks, threads>>> would take apart.

@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "checks.h"
 #include "vectors.h"
 
 namespace dcgan {
@@ -130,15 +129,6 @@ void backward(const In* grad, const A* w, const A* u, const A* v, A sigma, const
     }
   });
 }
-// f(T{}) for the storage type T of outputs and gradients
-template <typename F>
-void dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::BFloat16: return f(bf16{});
-    case ScalarType::Half: return f(fp16{});
-    default: return f(float{});
-  }
-}
 }  // namespace
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> spectral_norm_cpu(
@@ -148,9 +138,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
   const ScalarType dtype = weights[0].scalar_type(), out = sn_out_dtype(weights, out_dtype);
   std::vector<Tensor> scaled, new_us, new_vs;
   Tensor sigmas = new_like(weights[0], {int64_t(weights.size())}, dtype);
-  auto layer = [&](size_t i, auto accumulator, auto storage) {
-    using A = decltype(accumulator);
+  auto layer = [&](size_t i, auto storage) {
     using Out = decltype(storage);
+    using A = wide_t<Out>;  // of the weights, as sn_out_dtype checked
     const Tensor w = dense(weights[i]);
     const SnSizes s = sn_sizes(w);
     Tensor y = torch::stable::to(torch::stable::empty_like(w), out);
@@ -165,10 +155,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
     sigmas.mutable_data_ptr<A>()[i] = sigma;
     scaled.push_back(y), new_us.push_back(u), new_vs.push_back(v);
   };
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (dtype == ScalarType::Double) layer(i, double{}, double{});
-    else dispatch(out, [&](auto storage) { layer(i, float{}, storage); });
-  }
+  for (size_t i = 0; i < weights.size(); ++i) dispatch(out, [&](auto storage) { layer(i, storage); });
   return {scaled, new_us, new_vs, sigmas};
 }
 
@@ -178,9 +165,9 @@ std::vector<Tensor> spectral_norm_backward_cpu(std::vector<Tensor> grads, std::v
   check_spectral_norm_backward(grads, weights, us, vs, sigmas);
   const ScalarType dtype = weights[0].scalar_type();
   std::vector<Tensor> results;
-  auto layer = [&](size_t i, auto accumulator, auto storage) {
-    using A = decltype(accumulator);
+  auto layer = [&](size_t i, auto storage) {
     using In = decltype(storage);
+    using A = wide_t<In>;
     const Tensor w = dense(weights[i]), grad = in_layout_of(grads[i], w);
     const SnSizes s = sn_sizes(w);
     Tensor dw = torch::stable::empty_like(w), u = as(us[i], dtype), v = as(vs[i], dtype);
@@ -191,10 +178,8 @@ std::vector<Tensor> spectral_norm_backward_cpu(std::vector<Tensor> grads, std::v
              v_data.data(), sigmas.const_data_ptr<A>()[i], s, dw.mutable_data_ptr<A>());
     results.push_back(dw);
   };
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (dtype == ScalarType::Double) layer(i, double{}, double{});
-    else dispatch(grads[i].scalar_type(), [&](auto storage) { layer(i, float{}, storage); });
-  }
+  const ScalarType given = grads[0].scalar_type();
+  for (size_t i = 0; i < weights.size(); ++i) dispatch(given, [&](auto storage) { layer(i, storage); });
   return results;
 }
 

@@ -10,6 +10,8 @@
 #include <cstring>  // and __GLIBC__
 #include <type_traits>
 
+#include "checks.h"
+
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(DCGAN_NO_CLONES)
 #if __GNUC__ >= 12
 #include <immintrin.h>
@@ -30,6 +32,24 @@ struct fp16 {
 };
 template <typename T>  // what a kernel computes in
 using wide_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// f(T{}) for the storage type T of `dtype`
+template <typename F>
+void dispatch(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bf16{});
+    case ScalarType::Half: return f(fp16{});
+    default: return f(float{});
+  }
+}
+template <typename T>
+const T* read_only(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+template <typename T>
+T* writable(const OptionalTensor& t) {
+  return t ? t->mutable_data_ptr<T>() : nullptr;
+}
 
 inline uint32_t bits_of(float f) {
   uint32_t u;
@@ -63,7 +83,6 @@ inline void round_to(fp16& y, float x) {  // to nearest even
   uint32_t huge = a > 0x7f800000 ? 0x7e00 : 0x7c00;                                     // nan, or inf
   y.bits = uint16_t(sign | (a >= 0x47800000 ? huge : a < 0x38800000 ? small : normal));
 }
-
 
 // n halfs to floats and back; DCGAN_AVX2 marks the second form, for an instruction that no loop becomes
 #ifdef DCGAN_AVX2

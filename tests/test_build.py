@@ -101,9 +101,9 @@ def no_compiler(tmp_path):
 
 def test_a_library_carries_its_facts():
     ops.load("cpu")
-    path, why = ops._find("cpu")
+    path, why = ops.libraries.find("cpu")
     facts = build.read_facts(path)
-    assert not why and facts == json.loads(ops._modules["cpu"].facts)
+    assert not why and facts == json.loads(ops.libraries.loaded["cpu"].facts)
     assert facts["sources"] == build.source_hash("cpu") and facts["torch_target"] == build.TARGET
 
 
@@ -129,7 +129,7 @@ def test_every_source_is_hashed(project, kind):
 
 def test_a_stale_library_is_passed_by(project):
     ops.load("cpu")
-    path, _ = ops._find("cpu")
+    path, _ = ops.libraries.find("cpu")
     shutil.copy(path, project / "csrc" / build.file_name("cpu"))
     assert "WORKS" in use(project)  # the very same sources: nothing to build
     with (project / "csrc" / "schemas.cpp").open("a") as file:
@@ -140,7 +140,7 @@ def test_a_stale_library_is_passed_by(project):
 
 def test_a_damaged_library_says_what_to_do(project):
     ops.load("cpu")
-    whole = ops._find("cpu")[0].read_bytes()
+    whole = ops.libraries.find("cpu")[0].read_bytes()
     at = whole.index(b"dcgan-ops-facts")
     (project / "csrc" / build.file_name("cpu")).write_bytes(whole[at : at + 1000])
     said = use(project)
@@ -158,7 +158,7 @@ def test_old_torch_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1")
     with pytest.raises(ops.Unavailable, match="need torch 2.11 or later, this is 2.10.1: update torch, or leave"):
         ops.load("cpu")
-    assert any("need torch 2.11" in line for line in ops.status()) or ops._find("cpu")[0]
+    assert any("need torch 2.11" in line for line in ops.status()) or ops.libraries.find("cpu")[0]
 
 
 def test_cuda_refusals(monkeypatch, tmp_path):
@@ -185,10 +185,35 @@ def test_architectures_cover():
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-            return ops._covers(built)
+            return ops.libraries.covers(built)
 
     assert covers("8.0,9.0+PTX", (8, 6)) and covers("8.0,9.0+PTX", (9, 0)) and covers("8.0,9.0+PTX", (12, 0))
     assert not covers("8.0,9.0+PTX", (7, 5)) and not covers("9.0", (10, 0)) and not covers("8.6", (8, 0))
+
+
+def test_a_cuda_library_that_fails_leaves_the_cpu_whole(project):
+    """Asking for CUDA first, in vain, must not cost the CPU ops their gradients."""
+    ops.load("cpu")
+    shutil.copy(ops.libraries.find("cpu")[0], project / "csrc" / build.file_name("cpu"))
+    first = "torch.cuda.is_available = lambda: True\ntry: ops.load('cuda')\nexcept Exception: print('NO CUDA')\n"
+    last = "print('GRADIENT', torch.autograd.grad(y.sum(), x))"
+    code = USE.replace("try:\n", first + "try:\n", 1).replace("5, 5)", "5, 5, requires_grad=True)", 1) + last
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, env=environment(CUDA_HOME="/nowhere", CXX="no-such-compiler"),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "NO CUDA" in said.stdout and "WORKS" in said.stdout and "GRADIENT" in said.stdout, said.stderr
+
+
+def test_what_a_killed_build_left_is_swept(monkeypatch, tmp_path):
+    """By the next build of the same library only: another one may be at work beside it."""
+    for name in ("build-cpu-killed", "build-cuda-at-work"):
+        (tmp_path / name / "temp").mkdir(parents=True)
+    monkeypatch.setattr(ops.libraries, "_roots", lambda: [tmp_path])
+    monkeypatch.setattr(ops.libraries, "HERE", tmp_path)  # no library, and no build.py to run
+    with pytest.raises(ops.Unavailable, match="the cpu kernels could not be built: .*all of it: "):
+        ops.libraries.build_here("cpu")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["build-cuda-at-work"]
 
 
 def test_kernels_option_is_checked(project):
@@ -278,7 +303,7 @@ def test_pip_install_editable(project, venv):
     assert "cpu: built" in record
     if torch.version.cuda and shutil.which("nvcc"):
         assert "cuda: built" in record
-    code = "import dcgan_ops; dcgan_ops.load('cpu'); print(dcgan_ops._find('cpu')[0], *dcgan_ops.status(), sep='\\n')"
+    code = "import dcgan_ops; dcgan_ops.load('cpu'); print(*dcgan_ops.status(), sep='\\n')"
     done = subprocess.run(
         [venv / "bin" / "python", "-c", code], cwd="/", env=environment(), capture_output=True, text=True
     )

@@ -146,6 +146,18 @@ def test_bn_slopes(device, slope):
     Case(torch.randn(8, 6, 5, 5, device=device), slope=slope).check()
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bn_negative_slope(device, layout):
+    """PyTorch refuses it in place only, as dcgan.bn_leaky_relu does it; the op keeps x and needs no such rule."""
+    x = torch.randn(8, 6, 5, 5, device=device, dtype=torch.float64)
+    case = Case(channels_last(x) if layout == "channels_last" else x, slope=-0.5)
+
+    def plain(x, weight, bias, mean, var, training, momentum, eps, slope, groups):
+        return F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, training, momentum, eps), slope)
+
+    torch.testing.assert_close(case.run(ops.bn_leaky_relu), case.run(plain), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("affine, running", list(itertools.product([True, False], repeat=2)))
 def test_bn_without_parameters_or_statistics(device, affine, running):
     Case(torch.randn(8, 6, 5, 5, device=device), affine=affine, running=running).check()

@@ -1,0 +1,60 @@
+"""A training step as one CUDA graph: what was hundreds of launches from Python becomes one.
+
+    step = graphed(step, inputs, parts)      once; trains nothing
+    numbers = step(*inputs)                  as before, on new inputs of the same shapes
+
+Nothing in the step may wait for the device, and what changes from step to step has to be a tensor among the inputs:
+Python's numbers are baked in at the capture.  Adam needs capturable=True.
+"""
+
+import torch
+from torch import nn
+
+
+def graphed(step, inputs, parts):
+    """-> a function that does what step(*inputs) does, by replaying it as captured.
+
+    Args:
+        step: takes CUDA tensors, returns one; may change networks and optimisers in place.
+        inputs: tensors of the shapes and dtypes of every later call.
+        parts: the networks and optimisers that `step` changes.  Warm-up and capture train them a few steps, so
+            every parameter, buffer and optimiser state is put back; state that was born there begins with zeros, as
+            Adam's does.  Random states move on: seed before the next step.
+
+    Raises: RuntimeError from CUDA, if something in `step` cannot be captured.
+    Source: pytorch.org/docs/stable/notes/cuda.html, whole-network capture.
+    """
+    parts = list(parts)
+    before = {tensor: tensor.detach().clone() for tensor in _tensors(parts)}
+    inputs = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        numbers = step(*inputs)
+    with torch.no_grad():
+        for tensor in _tensors(parts):
+            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+
+    def replay(*new):
+        for x, y in zip(inputs, new, strict=True):
+            x.copy_(y)
+        graph.replay()
+        return numbers.clone()
+
+    return replay
+
+
+def _tensors(parts):
+    """-> all that a step can change in networks and optimisers."""
+    found = []
+    for part in parts:
+        if isinstance(part, nn.Module):
+            found += [*part.parameters(), *part.buffers()]
+        else:
+            found += [t for state in part.state.values() for t in state.values() if torch.is_tensor(t)]
+    return found

@@ -1,0 +1,187 @@
+"""Where the libraries of dcgan_ops are found, what is said where there are none, and their build on first use."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+
+import torch
+
+from . import build
+
+HERE = Path(__file__).resolve().parent
+RECORD = "_build/install.txt"  # what the install said about each library, one line each
+loaded = {}  # kind -> the loaded module
+
+
+class Unavailable(RuntimeError):
+    """One line: why there are no kernels for a device, and the command to run."""
+
+
+def needed(device):
+    """-> the kinds of libraries that a device needs, in order: the schemas are in the CPU library.
+
+    Raises Unavailable where there can be none.
+    """
+    kind = torch.device(device).type
+    if kind not in build.SOURCES:
+        raise Unavailable(f"the fused kernels run on cpu and cuda, not on {kind}: leave --fused out")
+    try:
+        build.check_torch()
+    except build.CannotBuild as why:
+        raise Unavailable(str(why)) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("no CUDA device is available to torch: choose --device cpu, or leave --fused out")
+    return ["cpu"] if kind == "cpu" else ["cpu", "cuda"]
+
+
+def load(kind):
+    """Load one library, which registers its operators; build it first where there is none that fits."""
+    path, _ = find(kind)
+    path = path or build_here(kind)
+    loader = ExtensionFileLoader(f"{__package__}._{kind}", str(path))
+    try:
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        loader.exec_module(module)
+    except ImportError as error:
+        raise Unavailable(
+            f"the {kind} kernels in {path} do not load ({error}): delete that file and try again, or leave --fused out"
+        ) from None
+    loaded[kind] = module
+
+
+def status() -> list[str]:
+    """-> a line or two for each library: what is there and from where, or why not and what to do.  Builds nothing."""
+    lines = []
+    for kind in build.SOURCES:
+        path, old = find(kind)
+        if path:
+            facts = build.read_facts(path)
+            made = f"compiler {facts['compiler']}" if kind == "cpu" else f"CUDA {facts['cuda']}"
+            arch = "" if kind == "cpu" else f" for {facts['architectures']}"
+            lines.append(f"{kind}: kernels ready{arch} ({made}, torch {facts['built_with_torch']}): {path}")
+            continue
+        said = [line for line in _read(HERE / RECORD).splitlines() if line.startswith(f"{kind}: ")]
+        if old:
+            lines.append(f"{kind}: {old}")
+        if said and "built" not in said[0]:
+            lines.append(f"{kind}: at the installation: {said[0].split(': ', 1)[1]}")
+        lines.append(f"{kind}: no kernels yet; {_outlook(kind)}")
+    return lines
+
+
+def _outlook(kind):
+    """What would happen on first use."""
+    try:
+        build.check_torch()
+        if kind == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device is available to torch here"
+        build.find_compiler()
+        if kind == "cuda":
+            build.find_cuda()
+    except build.CannotBuild as why:
+        return str(why)
+    return "the first --fused builds them (or now: pip install -e .)"
+
+
+def _read(path):
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _key(kind):
+    """The folder name of a first-use build: one for each source state, Python and set of GPU architectures."""
+    name = f"{build.source_hash(kind)}-{sys.implementation.cache_tag}"
+    return name if kind == "cpu" else f"{name}-{build.architectures()}".replace(";", "_")
+
+
+def _roots():
+    """Where first-use builds go: beside this file if that can be written, else a cache of the user."""
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions"
+    )
+    return [HERE / "_build", Path(cache) / "dcgan_ops"]
+
+
+def find(kind):
+    """-> (a library that fits these sources and this device or None, why another one does not fit)"""
+    why = ""
+    places = [HERE, *(root / _key(kind) for root in _roots())]
+    for path in (place / build.file_name(kind) for place in places):
+        facts = build.read_facts(path)
+        if not facts:
+            continue
+        if facts["sources"] != build.source_hash(kind):
+            why = f"{path} is of other sources ({facts['sources']}, not {build.source_hash(kind)})"
+        elif kind == "cuda" and not covers(facts["architectures"]):
+            why = f"{path} is compiled for {facts['architectures']}, not for this GPU"
+        else:
+            return path, ""
+    return None, why
+
+
+def covers(architectures):
+    """Whether code for "8.0,9.0+PTX" runs on the GPUs that are here: same major version, or PTX of an older one."""
+    if not torch.cuda.is_available():
+        return True
+    built = [
+        (tuple(int(n) for n in one.removesuffix("+PTX").split(".")), one.endswith("+PTX"))
+        for one in architectures.split(",")
+        if one.removesuffix("+PTX").replace(".", "").isdigit()
+    ]
+    have = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return all(any((a[0] == h[0] or ptx) and a <= h for a, ptx in built) for h in have)
+
+
+def _writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def build_here(kind):
+    """Build a library for these sources and this device.  -> its path.
+
+    In a private folder, then moved into place in one step.  The lock, which the system drops when its holder dies,
+    saves the others the work, and lets its holder sweep up what one that was killed has left.
+    """
+    from filelock import FileLock  # comes with torch
+
+    root = next((r for r in _roots() if _writable(r)), None)
+    if root is None:
+        raise Unavailable(f"neither {_roots()[0]} nor {_roots()[1]} can be written: set TORCH_EXTENSIONS_DIR")
+    target = root / _key(kind) / build.file_name(kind)
+    with FileLock(str(root / f"{kind}.lock")):
+        for left in root.glob(f"build-{kind}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        path, _ = find(kind)
+        if path:
+            return path  # another process was faster
+        print(f"dcgan_ops: building the {kind} kernels, once (up to a minute) ...", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix=f"build-{kind}-", dir=root) as work:
+            command = [sys.executable, str(HERE / "build.py"), kind, "--into", work]
+            done = subprocess.run(  # noqa: S603 - our own build.py
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
+            if done.returncode:
+                raise Unavailable(_why_not_built(kind, done.stdout, root / f"{kind}.log"))
+            target.parent.mkdir(exist_ok=True)
+            os.replace(os.path.join(work, build.file_name(kind)), target)
+    return target
+
+
+def _why_not_built(kind, output, log):
+    """-> the line of a compiler's output that tells most; all of it goes to the file `log`."""
+    log.write_text(output)
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    reason = next((line for line in lines if "cannot build: " in line or "error:" in line), lines[-1])
+    return f"the {kind} kernels could not be built: {reason.removeprefix('cannot build: ')} (all of it: {log})"
