@@ -1,0 +1,158 @@
+"""The room of speed's levers: compiled, graphed, joined; each trains as the plain step does.  (bf16: test_step.py;
+the fused ops: test_ops.py.)  Without a GPU the graph is played by a stand-in that runs the step again."""
+
+import contextlib
+import functools
+import types
+
+import pytest
+import torch
+from conftest import PRESETS, differing, state
+
+import csrc.graph
+import dcgan
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """-> a starter of runs, all from the same first weights, in float64."""
+
+    def make(preset, name, **overrides):
+        c = tiny(preset, run=str(tmp_path / name), ema=0.9, **overrides)
+        run = dcgan.set_up(c)
+        for net in (run.G, run.D, run.ema):
+            net.double()
+        run.lock.release()
+        return run
+
+    return make
+
+
+def inputs_of(run, step):
+    real, z, noise = dcgan.draw_inputs(run.c, run.pictures, step, run.device)
+    return real.double(), z.double(), noise.double(), torch.tensor(0.1, dtype=torch.float64, device=run.device)
+
+
+def everything(run):
+    return state(run.G, run.D, run.ema, run.opt_g, run.opt_d)
+
+
+def far(a, b):
+    """-> the largest difference of two `everything`s, relative to the size of each tensor."""
+    assert set(a) == set(b)
+    return max(((a[n].double() - b[n].double()).abs().max() / (1 + b[n].abs().max())).item() for n in a)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_twenty_compiled_steps_are_twenty_plain_ones(preset, start, monkeypatch):
+    """Traced and differentiated by torch.compile; the code that it would write comes in the slow test."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    plain, compiled = start(preset, "plain"), start(preset, "compiled", compile=True)
+    assert not differing(everything(plain), everything(compiled))
+    steps = dcgan.choose_step(plain), dcgan.choose_step(compiled)
+    for i in range(20):
+        numbers = [step(*inputs_of(run, i)) for step, run in zip(steps, (plain, compiled), strict=True)]
+        assert torch.allclose(*numbers, rtol=1e-6, atol=0) and numbers[0][4] == 1
+    assert far(everything(compiled), everything(plain)) < 1e-6
+    assert not any("_orig_mod" in name for name in compiled.G.state_dict())  # checkpoints know nothing of it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("preset", ["classic", "regularized", "mnist"])
+def test_compiled_for_this_machine_it_is_the_same_step(preset, fused, start):
+    torch._dynamo.reset()
+    plain, compiled = start(preset, "plain", fused=fused), start(preset, "compiled", fused=fused, compile=True)
+    steps = dcgan.choose_step(plain), dcgan.choose_step(compiled)
+    for i in range(20):
+        for step, run in zip(steps, (plain, compiled), strict=True):
+            step(*inputs_of(run, i))
+    if preset != "mnist" and preset != "regularized":  # what their dropout drops, compiled code draws in its own way
+        assert far(everything(compiled), everything(plain)) < 1e-6
+    assert all(t.isfinite().all() for t in everything(compiled).values() if t.is_floating_point())
+
+
+class StandIn:
+    """What torch.cuda offers for graphs, on the CPU: the capture runs the step, a replay runs it again."""
+
+    def __init__(self, step):
+        self.plain, self.calls = step, []
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        self.Stream, self.current_stream = (lambda: stream), (lambda: stream)
+        self.stream, self.CUDAGraph, self.graph = contextlib.nullcontext, (lambda: self), contextlib.nullcontext
+
+    def step(self, *inputs):
+        self.calls.append((inputs, self.plain(*inputs)))
+        return self.calls[-1][1]
+
+    def replay(self):
+        inputs, numbers = self.calls[-1]  # the captured one: the same memory every time
+        numbers.copy_(self.plain(*inputs))
+
+
+@pytest.mark.parametrize("begun", [0, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_graph_trains_as_the_plain_step_and_its_capture_changes_nothing(preset, begun, start, monkeypatch):
+    plain, other = start(preset, "plain"), start(preset, "graph")
+    step, play = dcgan.choose_step(plain), dcgan.choose_step(other)
+    for i in range(begun):  # optimisers that have a state already, and such that have none
+        step(*inputs_of(plain, i)), play(*inputs_of(other, i))
+    stand_in = StandIn(play)
+    monkeypatch.setattr(csrc.graph, "torch", types.SimpleNamespace(
+        cuda=stand_in, no_grad=torch.no_grad, is_tensor=torch.is_tensor))  # fmt: skip
+    before = everything(other)
+    replay = csrc.graph.graphed(stand_in.step, inputs_of(other, begun), other.stateful.values())
+    assert len(stand_in.calls) == 4
+    after = everything(other)
+    assert not differing({n: t for n, t in after.items() if n in before}, before)
+    assert not any(t.any() for n, t in after.items() if n not in before)  # Adam's state, as it begins
+    for i in range(begun, begun + 5):
+        assert torch.equal(step(*inputs_of(plain, i)), replay(*inputs_of(other, i)))
+    assert not differing(everything(plain), everything(other))
+
+
+def test_a_graph_without_cuda_is_refused_in_one_line(arguments_of, run_main):
+    done = run_main(*arguments_of("--graph"))
+    assert done.code == 2 and "--graph needs one process on CUDA" in done.err and done.err.count("\n") == 1
+
+
+@pytest.fixture
+def arguments_of(faces, cache, tmp_path):
+    small = "--preset demo --image-size 16 --nz 8 --ngf 4 --ndf 4 --batch-size 4 --samples 4 --workers 0 --steps 2"
+    return lambda *more: [
+        *small.split(),
+        "--device",
+        "cpu",
+        "--data",
+        faces,
+        "--cache",
+        cache,
+        "--run",
+        tmp_path,
+        *more,
+    ]
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_cuda_graph_trains_as_the_plain_step(preset, fused, start):
+    runs = [start(preset, name, device="cuda", fused=fused, deterministic=True) for name in ("plain", "graph")]
+    runs[1].c.graph = True
+    before = everything(runs[1])
+    monkey = dcgan.draw_inputs
+    try:
+        dcgan.draw_inputs = lambda c, pictures, step, device: inputs_of(runs[1], step)[:3] if c.graph else monkey(
+            c, pictures, step, device)  # fmt: skip
+        steps = [dcgan.choose_step(run) for run in runs]
+    finally:
+        dcgan.draw_inputs = monkey
+    assert not differing({n: t for n, t in everything(runs[1]).items() if n in before}, before)
+    for i in range(20):
+        numbers = [step(*inputs_of(run, i)) for step, run in zip(steps, runs, strict=True)]
+        assert torch.allclose(*numbers, rtol=1e-6, atol=1e-9)
+    assert far(everything(runs[1]), everything(runs[0])) < 1e-6
