@@ -1,0 +1,95 @@
+"""The benchmarks run, their reference is the recipe it claims to be, and trying them out leaves no trace."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import step as steps  # noqa: E402 - after the path to it
+from common import dcgan, table  # noqa: E402
+
+
+def written():
+    return {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+
+
+@pytest.mark.parametrize("script", ["step.py", "data.py", "generate.py"])
+def test_a_quick_run_works_and_writes_nothing(script, tmp_path):
+    before = written()
+    command = [sys.executable, ROOT / "benchmarks" / script, "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout or "ImageFolder" in done.stdout
+    assert written() == before and list(tmp_path.iterdir()) == []
+
+
+def networks_of_both():
+    """The reference's networks and dcgan.py's `classic`, with the same weights."""
+    torch.manual_seed(0)
+    theirs = steps.reference_networks(width=8)
+    c = dcgan.config("classic", ngf=8, ndf=8, precision="fp32", optimizer="adam", weight_decay=0.0)
+    ours = dcgan.Generator(c), dcgan.Discriminator(c)
+    for a, b in zip(theirs, ours, strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            y.data.copy_(x)
+    return c, theirs, ours
+
+
+def test_the_reference_trains_the_networks_of_classic():
+    c, (G, D), (our_G, our_D) = networks_of_both()
+    z = torch.randn(4, c.nz)
+    fake = G(z[:, :, None, None])
+    torch.testing.assert_close(fake, our_G(z))
+    torch.testing.assert_close(D(fake).flatten(), our_D(fake).sigmoid())
+
+
+def numbers_of_reference(levers):
+    _, (G, D), _ = networks_of_both()
+    Adam = torch.optim.Adam
+    opt_g, opt_d = Adam(G.parameters(), 2e-4, betas=(0.5, 0.999)), Adam(D.parameters(), 2e-4, betas=(0.5, 0.999))
+    torch.manual_seed(1)
+    real = torch.rand(4, 3, 64, 64) * 2 - 1
+    torch.manual_seed(2)
+    numbers = steps.reference_step(G, D, opt_g, opt_d, real, levers)
+    return numbers, real, [p.detach() for net in (G, D) for p in net.parameters()]
+
+
+def test_a_step_of_dcgan_is_a_step_of_the_reference():
+    numbers, real, weights = numbers_of_reference(())
+    c, _, (G, D) = networks_of_both()
+    hyper = dict(betas=(0.5, 0.999), fused=True)
+    opt_g, opt_d = torch.optim.Adam(G.parameters(), 2e-4, **hyper), torch.optim.Adam(D.parameters(), 2e-4, **hyper)
+    torch.manual_seed(2)
+    z = torch.randn(4, c.nz, 1, 1).view(1, 4, c.nz).expand(2, 4, c.nz)
+    got = dcgan.train_step(c, G, D, None, opt_g, opt_d, real, z, [torch.zeros(())] * 3)
+    torch.testing.assert_close(got[:2], torch.tensor(numbers[:2]), atol=1e-4, rtol=1e-4)
+    for a, b in zip(weights, [*G.parameters(), *D.parameters()], strict=True):
+        assert (a - b).abs().mean() < 2e-6  # Adam's first step is 2e-4 whatever the gradient
+
+
+@pytest.mark.parametrize("lever", ["one pass", "D frozen for G"])
+def test_a_lever_changes_the_time_and_not_the_numbers(lever):
+    (plain, _, weights), (numbers, _, others) = numbers_of_reference(()), numbers_of_reference((lever,))
+    torch.testing.assert_close(torch.tensor(numbers), torch.tensor(plain), atol=1e-4, rtol=1e-4)
+    assert max((a - b).abs().mean() for a, b in zip(weights, others, strict=True)) < 2e-6
+
+
+def test_the_chart_takes_the_figures_of_the_step(tmp_path):
+    chart = pytest.importorskip("chart", reason="the chart needs matplotlib", exc_type=ImportError)
+    row = {"name": "reference", "precision": "fp32", "allocator": "default", "preset": "reference"}
+    rows = [{**row, "img/s": 100.0, "ratio": 1.0}, {**row, "preset": "classic", "img/s": 200.0, "ratio": 2.0}]
+    chart.draw(json.loads(json.dumps({"device": "a CPU", "cores": 2, "groups": {"all": rows}})), tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_a_table_has_a_cell_for_every_column_and_none_for_nothing():
+    rows = [{"a": 1, "b": None}, {"a": 2, "b": 3}]
+    lines = table(rows, {"first": "a", "twice": lambda row: 2 * row["a"], "second": "b"})
+    assert lines == ["| first | twice | second |", "|---|---|---|", "| 1 | 2 |  |", "| 2 | 4 | 3 |"]
