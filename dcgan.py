@@ -1233,12 +1233,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(command, argv, seeds, out):
-    """-> G, the seeds and where to write, for the commands that draw."""
+    """-> for the commands that draw: z -> pictures, G's Config, the seeds, the run's folder and --out."""
     p = Parser(f"dcgan.py {command}", allow_abbrev=False)
     p.add_argument("source", type=Path, help="the folder of a run, or its checkpoint.pt, generator.pt or a snapshot")
     p.add_argument("--seeds", default=seeds, help=f"such as 3,7,12 or 0-63 ({seeds})")
     p.add_argument("--out", type=Path, help=out)
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1")
+    p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: faster, a shade off (fp32)")
     args = p.parse_args(argv)
     one = r"\d{1,9}(-\d{1,9})?"
     good = re.fullmatch(f"{one}(,{one})*", args.seeds)
@@ -1248,14 +1249,15 @@ def read_arguments(command, argv, seeds, out):
     seeds = [seed for part in ranges for seed in part]
     folder = args.source if args.source.is_dir() else args.source.parent
     device = choose_device(args.device)
-    return load_generator(args.source, device), device, seeds, folder, args.out
+    G = load_generator(args.source, device)
+    return lambda z: draw(G, z, device, args.precision), G.config, seeds, folder, args.out
 
 
 def generate(argv):
     """Pictures of seeds: one grid, or a folder of single files and their grid."""
     what = "a picture file for one grid, or a folder for single files as well (generated.png in the run)"
-    G, device, seeds, folder, out = read_arguments("generate", argv, "0-63", what)
-    x = draw(G, latent(seeds, G.config.nz), device)
+    paint, c, seeds, folder, out = read_arguments("generate", argv, "0-63", what)
+    x = paint(latent(seeds, c.nz))
     out = out or folder / "generated.png"
     if out.suffix.lower() not in SUFFIXES:
         for seed, picture in zip(seeds, x, strict=True):
@@ -1268,14 +1270,14 @@ def generate(argv):
 def interpolate(argv, frames=24):
     """A closed walk through the z of seeds, on the sphere near which normal z of many dimensions lie [9]."""
     what = "a .gif; the strip is the .png beside it (interpolation.gif in the run)"
-    G, device, seeds, folder, out = read_arguments("interpolate", argv, "0-5", what)
-    z, walk, t = latent(seeds, G.config.nz), [], torch.arange(frames)[:, None] / frames
+    paint, c, seeds, folder, out = read_arguments("interpolate", argv, "0-5", what)
+    z, walk, t = latent(seeds, c.nz), [], torch.arange(frames)[:, None] / frames
     for a, b in zip(z, z.roll(-1, 0), strict=True):
         angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-0.9999, 0.9999))
         walk.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle))
-    x = draw(G, torch.cat(walk), device)
+    x = paint(torch.cat(walk))
     out = (out or folder / "interpolation.gif").with_suffix(".gif")
-    size = G.config.image_size * max(1, 256 // G.config.image_size)
+    size = c.image_size * max(1, 256 // c.image_size)
     save_gif([T.to_pil_image(picture).resize((size, size)) for picture in x], out, 60)
     save_picture(grid(x[:: frames // 8], columns=8), out.with_suffix(".png"))
     say(f"{len(x)} frames: {out}; as a strip: {out.with_suffix('.png')}")

@@ -379,6 +379,13 @@ def test_a_new_generator_of_the_same_weights_draws_the_same(trained):
     assert torch.equal(a[1], b[0]) and a.dtype == torch.uint8
 
 
+def test_bf16_draws_the_same_faces_a_shade_off(trained):
+    G, z = dcgan.load_generator(trained.folder), dcgan.latent(range(20), 8)
+    a, b = dcgan.draw(G, z, "cpu"), dcgan.draw(G, z, "cpu", "bf16")
+    assert 0 < (a.float() - b.float()).abs().mean() < 3
+    assert torch.equal(dcgan.draw(G, z[7:8], "cpu", "bf16")[0], b[7])  # whatever is drawn beside it
+
+
 # ---------------------------------------------------------------------------------------- interpolate
 
 
@@ -398,7 +405,7 @@ def test_interpolate_walks_from_seed_to_seed_and_back(trained, run_main, generat
 
 def test_the_walk_stays_where_normal_z_lie(monkeypatch, trained, run_main):
     walks, draw = [], dcgan.draw
-    monkeypatch.setattr(dcgan, "draw", lambda G, z, device: walks.append(z) or draw(G, z, device))
+    monkeypatch.setattr(dcgan, "draw", lambda G, z, *how: walks.append(z) or draw(G, z, *how))
     assert run_main("interpolate", trained.folder, "--seeds", "0-3", "--device", "cpu").code == 0
     (z,) = walks
     ends = z[::24].norm(dim=1)
