@@ -1,0 +1,400 @@
+"""How good are a run's pictures?  FID, KID, precision and recall, with all that another needs to get the same numbers.
+
+    pip install -e .[eval]
+    python benchmarks/quality.py score runs/best-celeba --reals celeb_dataset.zip --weights fid_inception.pth
+    python benchmarks/quality.py compare A.json B.json        by what factor, if the two may be compared at all
+    python benchmarks/quality.py table                        quality.md from all that was scored
+    python benchmarks/quality.py all --faces celeb_dataset.zip --mnist mnist_dir --weights fid_inception.pth
+                                                              trains and scores every row of the table: for a GPU
+
+Weights: the FID Inception of 2015-12-05 as a state dict (pytorch-fid's pt_inception-2015-12-05-6726825d.pth); nothing
+is downloaded here.  What a figure depends on is its fingerprint: the real pictures, the fakes' number and seeds, the
+resizing, the weights, the precision.  Two figures of different fingerprints cannot be compared, and `compare` and
+`table` do not.  Fakes are uint8 and never a JPEG.  Beside each figure stands its floor: what one half of the real
+pictures gets against the other half.  Grey pictures are scored as RGB, and as MNIST's digits by a small classifier.
+
+ FID                Heusel et al. 2017, arXiv:1706.08500, from 2048 features of Inception (pool3)
+ KID                Binkowski et al. 2018, arXiv:1801.01401, 100 subsets of at most 1,000
+ precision, recall  Kynkaanniemi et al. 2019, arXiv:1904.06991, 3 neighbours, in the same features, not VGG's
+ nearest            is a picture copied?  The distance from a fake to the nearest real picture, by pixels and by
+                    features, over that from a real picture to the nearest other: medians of 1,000.  A copy is near 0.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import dcgan  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+PROTOCOL = dict(features="torch-fidelity inception-v3-compat 2048", resize="TF 1 bilinear to 299x299")
+FEW = 1000  # pictures whose nearest neighbours are looked for
+FACES = {  # the table: name -> preset, options; every row sees as many pictures
+    "copied recipe": ("classic", "--optimizer adam --weight-decay 0 --lr 2e-4 --beta2 0.999"),
+    "copied recipe, its EMA": ("classic", "--optimizer adam --weight-decay 0 --lr 2e-4 --beta2 0.999 --ema 0.999"),
+    "classic": ("classic", ""),
+    "regularized": ("regularized", ""),
+    "keras": ("keras", ""),
+    "best": ("best", ""),
+}
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------- features and figures
+
+
+def inception(path, device):
+    """-> pictures (N, 3, H, W) uint8 -> a tuple of (N, 2048), from a state dict.  torch-fidelity wants every name it
+    knows: `fc`, which no figure here uses, becomes 0, and BatchNorm's weight, which TensorFlow left out, 1."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    for name in [name for name in state if name.endswith("bn.running_var")]:
+        state.setdefault(name.replace("running_var", "weight"), torch.ones_like(state[name]))
+    state.setdefault("fc.weight", torch.zeros(1008, 2048))
+    state.setdefault("fc.bias", torch.zeros(1008))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, f"{folder}/weights.pth")
+        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=f"{folder}/weights.pth")
+    torch.backends.cudnn.allow_tf32 = False  # the features are to be those of any other machine
+    return net.to(device, memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def features(net, x, device, precision="fp32", chunk=16):
+    """x (n, 1 or 3, H, W) uint8 -> (n, 2048) float32 on the CPU."""
+    out = []
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        dcgan.progress(len(x), "features", "img") as bar,
+    ):
+        for part in x.split(chunk if device.type == "cpu" else 16 * chunk):
+            out.append(net(part.expand(-1, 3, -1, -1).to(device))[0].float().cpu())
+            bar.update(len(part))
+    return torch.cat(out)
+
+
+def figures(fake, real):
+    """Features (n, 2048) and (m, 2048) -> {name: number}; torch-fidelity does the sums, in double precision for FID."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    statistics = (fid_features_to_statistics(x.double()) for x in (fake, real))
+    fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    size = min(1000, len(fake), len(real))
+    kid = kid_features_to_metric(fake.double(), real.double(), kid_subset_size=size, verbose=False)
+    prc = prc_features_to_metric(fake, real, save_cpu_ram=True, prc_batch_size=4096, verbose=False)
+    kid = {"kid": kid["kernel_inception_distance_mean"], "kid_std": kid["kernel_inception_distance_std"]}
+    return {"fid": fid, **kid, "precision": prc["precision"], "recall": prc["recall"]}
+
+
+def nearest(x, others, itself=False):
+    """x (n, d), others (m, d) -> distances (n,) and places (n,) of the nearest.  `itself`: x are the first n others."""
+    found = []
+    for start in range(0, len(x), 250):
+        part = x[start : start + 250].float().flatten(1)
+        distances = torch.cat([torch.cdist(part, o.float().flatten(1)) for o in others.split(2000)], 1)
+        if itself:
+            distances[torch.arange(len(part)), start + torch.arange(len(part))] = torch.inf
+        found.append(distances.min(1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def nearness(fake, real, fake_features, real_features, page):
+    """-> how near fakes are to real pictures, as a share of how near those are to each other.  The page: in each row
+    four times a fake, the real picture nearest by pixels, the one nearest by features.  It shows training pictures."""
+    numbers, shown = {}, [fake[:32].expand(-1, 3, -1, -1)]
+    for name, a, b in (("pixels", fake, real), ("features", fake_features, real_features)):
+        n = min(FEW, len(a), len(b))
+        distances, places = nearest(a[:n], b)
+        between = nearest(b[:n], b, itself=True)[0]
+        numbers[name] = (distances.median() / between.median()).item()
+        numbers[f"{name}_fake"], numbers[f"{name}_real"] = distances.median().item(), between.median().item()
+        shown.append(real[places[:32]].expand(-1, 3, -1, -1))
+    dcgan.save_picture(dcgan.grid(torch.stack(shown, 1).flatten(0, 1), columns=12), page)
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------- digits
+
+
+class Classifier(nn.Sequential):
+    """Digits (N, 1, 28, 28) in [0, 1] -> logits (N, 10)."""
+
+    def __init__(self):
+        layers = []
+        for before, after in ((1, 32), (32, 64)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def read_digits(folder, part):
+    """-> pictures (n, 1, 28, 28) in [0, 1] and labels (n,) of `train` or `t10k` in a folder of MNIST's idx files."""
+    found = []
+    for what in ("images-idx3", "labels-idx1"):
+        path = next(Path(folder).glob(f"{part}-{what}-ubyte*"))
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = bytearray(file.read())
+        found.append(torch.frombuffer(data[4 + 4 * data[3] :], dtype=torch.uint8))  # data[3] dimensions, 4 bytes each
+    return found[0].view(-1, 1, 28, 28) / 255, found[1].long()
+
+
+def train_classifier(folder, path, device, epochs=3):
+    """-> the Classifier in eval mode, from the cache or trained now, and its accuracy on the 10,000 test pictures."""
+    net = Classifier().to(device)
+    if path.exists():
+        net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    else:
+        torch.manual_seed(0)
+        net = Classifier().to(device)
+        x, y = read_digits(folder, "train")
+        steps = epochs * (len(x) // 100)
+        opt = torch.optim.Adam(net.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
+        for batch in torch.cat([torch.randperm(len(x)) for _ in range(epochs)]).split(100)[:steps]:
+            F.cross_entropy(net(x[batch].to(device)), y[batch].to(device)).backward()
+            opt.step()
+            opt.zero_grad()
+            schedule.step()
+        torch.save(net.state_dict(), path)
+    net.eval()
+    x, y = read_digits(folder, "t10k")
+    return net, (classify(net, x, device).argmax(1) == y).float().mean().item()
+
+
+@torch.inference_mode()
+def classify(net, x, device):
+    """Digits (n, 1, 28, 28) in [0, 1] -> probabilities (n, 10) on the CPU."""
+    return torch.cat([net(part.to(device)).softmax(1).cpu() for part in x.split(500)])
+
+
+def digits(x, folder, path, device):
+    """Fakes (n, 1, 28, 28) uint8 -> the share of each digit, and of pictures that a classifier is 0.9 sure of."""
+    net, accuracy = train_classifier(folder, path, device)
+    if accuracy < 0.99:
+        raise SystemExit(f"quality.py: the classifier is right in {accuracy:.2%} only; remove {path} and try again")
+    sure, digit = classify(net, x / 255, device).max(1)
+    shares = (torch.bincount(digit, minlength=10) / len(x)).tolist()
+    return {"confident": (sure >= 0.9).float().mean().item(), "shares": shares, "accuracy": accuracy}
+
+
+# ---------------------------------------------------------------------------------------- score
+
+
+def load_raw(run, device):
+    """-> G itself, not its EMA, from a run's checkpoint."""
+    saved = dcgan.load(Path(run) / "checkpoint.pt")
+    G = dcgan.Generator(saved["config"])
+    G.load_state_dict(saved["G"])
+    return G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def minutes(folder, c):
+    """-> minutes of training by a run's log, without its pauses; None if there is no log."""
+    log = Path(folder) / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return sum(c.report_every * c.batch_size / row["img_s"] for row in rows) / 60 or None
+
+
+def machine(device):
+    """-> the processor in words, and the versions."""
+    file = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", file.read_text()) if file.exists() else None
+    cpu = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}; torch {torch.__version__}"
+
+
+def score(args):
+    """Score a run or a file of weights, and write all about it into one JSON."""
+    from torch_fidelity import __version__ as fidelity
+
+    began, source, device = time.time(), Path(args.source), dcgan.choose_device(args.device)
+    folder = source if source.is_dir() else source.parent
+    G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
+    file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
+    c, step = G.config, dcgan.load(file)["step"]
+    real = dcgan.load_pictures(dataclasses.replace(c, data=str(args.reals), cache=str(args.cache)))
+    fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
+    fingerprint = dict(
+        PROTOCOL, reals=len(real), reals_sha256=sha256(real.numpy()), size=list(real.shape[1:]), fakes=args.fakes,
+        seeds=f"0-{args.fakes - 1}", weights_sha256=sha256(args.weights.read_bytes()), precision=args.precision,
+    )  # fmt: skip
+
+    net, options = inception(args.weights, device), (device, args.precision)
+    of_reals = {k: v for k, v in fingerprint.items() if k not in ("fakes", "seeds")}
+    cached = Path(args.cache) / f"features_{sha256(json.dumps(of_reals).encode())}.pt"
+    if not cached.exists():
+        torch.save(features(net, real, *options), cached)
+    real_features = torch.load(cached, weights_only=True)
+    fake_features = features(net, fake, *options)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    floors = cached.with_suffix(".json")
+    if not floors.exists():
+        floors.write_text(json.dumps(figures(*real_features[order].chunk(2))))
+
+    result = {
+        "name": args.name or folder.name, "preset": c.preset, "pictures": step * c.batch_size, "seed": c.seed,
+        "weights": "G" if args.raw or not c.ema else f"EMA {c.ema}",
+        "parameters": sum(p.numel() for p in G.parameters()),
+        **figures(fake_features, real_features), "floor": json.loads(floors.read_text()),
+        "nearest": nearness(fake, real[order], fake_features, real_features[order], folder / "nearest.png"),
+    }  # fmt: skip
+    if c.family == "mnist":
+        idx = dcgan.find_idx(Path(args.reals)).parent
+        result["digits"] = digits(fake, idx, Path(args.cache) / "classifier.pt", device)
+    result |= {"minutes": minutes(folder, c), "fingerprint": fingerprint, "training": dataclasses.asdict(c)}
+    for private in ("data", "run", "cache"):  # paths of one machine
+        result["training"].pop(private)
+    result["machine"] = f"{machine(device)}, torch-fidelity {fidelity}"
+    result["scoring_minutes"] = (time.time() - began) / 60
+    out = args.out / f"{result['name'].replace(' ', '_').replace(',', '')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    dcgan.save_picture(dcgan.grid(fake[:64]), out.with_suffix(".png"))
+    for k in ("fid", "kid", "precision", "recall"):
+        print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
+    print(
+        f"{'nearest':<10} {result['nearest']['pixels']:.2f} by pixels, {result['nearest']['features']:.2f} by features"
+    )
+    print(f"written    {out}")
+
+
+# ---------------------------------------------------------------------------------------- compare, table, all
+
+
+def compare(a, b):
+    """-> FID of b over FID of a.  Raises ValueError if their fingerprints differ, and says in what."""
+    one, other = a["fingerprint"], b["fingerprint"]
+    differing = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+    if differing:
+        what = "; ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in differing)
+        raise ValueError(f"these figures cannot be compared, their protocols differ: {what}")
+    return b["fid"] / a["fid"]
+
+
+def spread(values, digits):
+    """-> the mean, and in brackets the values, where there are several."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{v:.{digits}f}' for v in values)})"
+
+
+COLUMNS = ["recipe", "pictures seen", "weights", "seeds", "FID", "KID x 1000", "precision", "recall",
+           "nearest by pixels", "by features", "minutes"]  # fmt: skip
+
+
+def table_row(same):
+    """Results of one recipe, one length and several seeds -> the cells of a row."""
+    first = same[0]
+    cells = [first["name"].split(" seed ")[0], f"{first['pictures']:,}", first["weights"]]
+    cells += [", ".join(str(r["seed"]) for r in same)]
+    cells += [spread([r["fid"] for r in same], 1), spread([1000 * r["kid"] for r in same], 1)]
+    cells += [spread([r[k] for r in same], 3) for k in ("precision", "recall")]
+    cells += [spread([r["nearest"][k] for r in same], 2) for k in ("pixels", "features")]
+    return [*cells, ", ".join(f"{r['minutes']:.0f}" if r["minutes"] else "-" for r in same)]
+
+
+def table(results):
+    """[what score wrote] -> lines of Markdown: a table for each fingerprint."""
+    lines = ["# Quality", "", "Written by `python benchmarks/quality.py table`; the head of that file says what the "
+             "columns are. Figures of different tables cannot be compared."]  # fmt: skip
+    groups = {}
+    for r in results:
+        groups.setdefault(json.dumps(r["fingerprint"], sort_keys=True), []).append(r)
+    for group in groups.values():
+        f, floor, rows = group[0]["fingerprint"], group[0]["floor"], {}
+        for r in group:
+            rows.setdefault((r["pictures"], r["name"].split(" seed ")[0], r["weights"]), []).append(r)
+        last = ["half of the reals, the floor", "", "", "", f"{floor['fid']:.1f}", f"{1000 * floor['kid']:.1f}"]
+        last += [f"{floor['precision']:.3f}", f"{floor['recall']:.3f}", "1", "1", ""]
+        lines += ["", f"## {f['fakes']:,} fakes against {f['reals']:,} pictures of {'x'.join(map(str, f['size']))}", ""]
+        table = [COLUMNS, ["---"] * len(COLUMNS), *(table_row(rows[key]) for key in sorted(rows)), last]
+        lines += [f"| {' | '.join(cells)} |" for cells in table]
+        for r in group:
+            if "digits" in r:
+                d, shares = r["digits"], ", ".join(f"{i}: {s:.1%}" for i, s in enumerate(r["digits"]["shares"]))
+                lines += ["", f"Digits of {r['name']} after {r['pictures']:,} pictures: a classifier that is right in "
+                          f"{d['accuracy']:.2%} of the test pictures is sure of"
+                          f" {d['confident']:.1%}. {shares}."]  # fmt: skip
+        lines += ["", "Fingerprint: " + "; ".join(f"{name} {value}" for name, value in f.items()) + "."]
+        lines += ["", f"Measured on {', and on '.join(sorted({r['machine'] for r in group}))}."]
+    return [*lines, ""]
+
+
+def train_and_score_all(args):
+    """Train every row of the table with each seed, unless its run is there already, and score it."""
+    runs = [(name, *row, args.faces, seed) for name, row in FACES.items() for seed in range(args.seeds)]
+    runs += [("mnist", "mnist", "", args.mnist, seed) for seed in range(args.seeds)] if args.mnist else []
+    for name, preset, options, data, seed in runs:
+        c = dcgan.config(preset)
+        length = f"--steps {args.pictures // c.batch_size}" if preset != "mnist" else f"--epochs {c.epochs}"
+        folder = ROOT / "runs" / f"quality_{name.replace(' ', '_').replace(',', '')}_{seed}"
+        words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
+        words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
+        subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache], check=True)  # noqa: S603
+        words = ["score", folder, "--reals", data, "--weights", args.weights, "--cache", args.cache]
+        main([*map(str, words), "--name", f"{name} seed {seed}", "--fakes", str(args.fakes)])
+    main(["table"])
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = p.add_subparsers(dest="command", required=True)
+    a = commands.add_parser("score", help="a run -> a JSON of figures and a grid of samples")
+    a.add_argument("source", help="the folder of a run, or its generator.pt or a snapshot")
+    a.add_argument("--reals", type=Path, required=True, help="the pictures to be like: a folder, .zip or idx files")
+    a.add_argument("--name", default="", help="of its row; 'NAME seed N' makes one row of several seeds (the folder's)")
+    a.add_argument("--raw", action="store_true", help="score G itself where the run has an EMA")
+    a.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the features; bf16: for CPUs")
+    a.add_argument("--device", default="auto", help="cuda, cpu")
+    b = commands.add_parser("all", help="train and score every row")
+    b.add_argument("--faces", type=Path, required=True, help="the folder or .zip of faces")
+    b.add_argument("--mnist", type=Path, help="the folder of MNIST's idx files")
+    b.add_argument("--pictures", type=int, default=2_000_000, help="that each row of faces sees (2,000,000)")
+    b.add_argument("--seeds", type=int, default=2, help="runs of each row (2)")
+    for q in (a, b):
+        q.add_argument("--weights", type=Path, required=True, help="state dict of the FID Inception")
+        q.add_argument("--fakes", type=int, default=10_000, help="pictures to draw (10,000)")
+        q.add_argument("--cache", type=Path, default=ROOT / "runs" / "cache", help="where features of reals are kept")
+    t = commands.add_parser("table", help="the JSONs -> quality.md beside their folder")
+    for q in (a, t):
+        q.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSONs")
+    d = commands.add_parser("compare", help="two JSONs -> the ratio of their FID, or why there is none")
+    d.add_argument("files", type=Path, nargs=2)
+    args = p.parse_args(argv)
+    try:
+        if args.command == "score":
+            score(args)
+        elif args.command == "all":
+            train_and_score_all(args)
+        elif args.command == "table":
+            results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+            args.out.with_suffix(".md").write_text("\n".join(table(results)))
+        else:
+            one, other = (json.loads(path.read_text()) for path in args.files)
+            print(f"{other['name']} has {compare(one, other):.2f} times the FID of {one['name']}")
+    except (dcgan.UserError, ValueError, OSError, ImportError) as e:
+        sys.exit(f"quality.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""benchmarks/quality.py: figures of known distributions, fingerprints that keep unlike figures apart, a run scored."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import real_data
+
+import dcgan
+
+pytest.importorskip("torch_fidelity", reason="no torch-fidelity: pip install -e .[eval]")
+QUALITY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "quality.py"))
+CPU = torch.device("cpu")
+
+
+def normal(n, d=16, mean=0.0, std=1.0, seed=0):
+    return mean + std * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def result(name="a", seed=0, fid=10.0, pictures=1000, **fingerprint):
+    """What `score` writes, as far as `table` and `compare` read it."""
+    figures = dict(fid=fid, kid=0.01, precision=0.5, recall=0.4)
+    return {
+        "name": f"{name} seed {seed}", "seed": seed, "pictures": pictures, "weights": "G", "minutes": 1.0, **figures,
+        "floor": dict(fid=1.0, kid=0.0, precision=0.8, recall=0.8), "nearest": dict(pixels=1.0, features=1.1),
+        "fingerprint": dict(reals=20, fakes=10, size=[3, 8, 8], reals_sha256="x") | fingerprint, "machine": "m",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def test_fid_of_gaussians_is_what_the_formula_says():
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) = d (3^2 + (2 - 1)^2), for samples of exactly these moments."""
+    x = normal(300, 4).double()
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), (x - x.mean(0)).T, upper=False).T
+    assert QUALITY["figures"](3 + 2 * x, x.flip(0))["fid"] == pytest.approx(4 * 10, rel=1e-6)
+
+
+def test_equal_distributions_are_at_the_floor():
+    numbers = QUALITY["figures"](normal(400, 4), normal(400, 4, seed=1))
+    assert numbers["fid"] < 0.2
+    assert abs(numbers["kid"]) < 0.05
+    assert numbers["precision"] > 0.9 and numbers["recall"] > 0.9
+
+
+def test_precision_and_recall_tell_a_collapse_from_noise():
+    real = normal(400, 4)
+    collapsed = QUALITY["figures"](normal(400, 4, std=0.05, seed=1), real)
+    assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.05
+    noise = QUALITY["figures"](normal(400, 4, std=10, seed=1), real)
+    assert noise["precision"] < 0.1
+
+
+def test_kid_grows_with_the_distance():
+    real, near, far = normal(400), normal(400, mean=0.3, seed=1), normal(400, mean=0.6, seed=1)
+    kid = [QUALITY["figures"](x, real)["kid"] for x in (near, far)]
+    assert 0.05 < kid[0] < kid[1] / 2
+
+
+# ---------------------------------------------------------------------------------------- nearest
+
+
+def test_a_copy_is_found_and_a_picture_is_not_its_own_neighbour():
+    real = torch.randint(0, 256, (600, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    distances, places = QUALITY["nearest"](real[[17, 503]], real)
+    assert places.tolist() == [17, 503] and distances.max() < 0.1
+    distances, places = QUALITY["nearest"](real[:300], real, itself=True)
+    assert (places != torch.arange(300)).all() and distances.min() > 100
+
+
+def test_copies_are_near_0_and_other_pictures_near_1(tmp_path):
+    """and the page goes where it is told to, for it shows training pictures."""
+    x = torch.randint(0, 256, (400, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    f, page = normal(400), tmp_path / "nearest.png"
+    copied = QUALITY["nearness"](x[:100], x[:200], f[:100], f[:200], page)
+    other = QUALITY["nearness"](x[200:300], x[:200], f[200:300], f[:200], page)
+    assert copied["pixels"] < 0.01 and copied["features"] < 0.01
+    assert other["pixels"] == pytest.approx(1, abs=0.1) and other["features"] == pytest.approx(1, abs=0.1)
+    assert [p.name for p in tmp_path.iterdir()] == ["nearest.png"]
+
+
+# ---------------------------------------------------------------------------------------- fingerprints
+
+
+@pytest.mark.parametrize("other", [dict(fakes=11), dict(reals_sha256="y"), dict(precision="bf16")])
+def test_figures_of_different_fingerprints_are_not_compared(other):
+    assert QUALITY["compare"](result(fid=10.0), result(fid=4.0)) == 0.4
+    with pytest.raises(ValueError, match=f"cannot be compared.*{next(iter(other))}"):
+        QUALITY["compare"](result(), result(**other))
+
+
+def test_compare_says_so_in_one_line_and_fails(tmp_path):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, fakes in zip(files, (10, 20), strict=True):
+        file.write_text(json.dumps(result(fakes=fakes)))
+    with pytest.raises(SystemExit, match="quality.py: .*fakes 10 and 20"):
+        QUALITY["main"](["compare", *map(str, files)])
+
+
+def test_the_table_keeps_fingerprints_apart_and_seeds_together():
+    lines = QUALITY["table"]([result(), result(seed=1, fid=20.0), result(pictures=2000), result("b", fakes=11)])
+    assert len([line for line in lines if line.startswith("## ")]) == 2
+    rows = [line for line in lines if line.startswith(("| a", "| b"))]
+    assert len(rows) == 3 and "0, 1 | 15.0 (10.0, 20.0)" in rows[0]
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+# ---------------------------------------------------------------------------------------- digits
+
+
+def test_the_shares_of_digits_are_counted(monkeypatch, tmp_path):
+    scores = torch.eye(10)[[3, 3, 3, 7]] * torch.tensor([20.0, 20.0, 0.1, 20.0])[:, None]  # the third is unsure
+    globals_ = QUALITY["digits"].__globals__
+    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (lambda x: scores, 0.995))
+    found = QUALITY["digits"](torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path, tmp_path / "c.pt", CPU)
+    assert found["confident"] == 0.75 and found["shares"][3] == 0.75 and found["shares"][7] == 0.25
+    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (lambda x: scores, 0.98))
+    with pytest.raises(SystemExit, match="right in 98"):
+        QUALITY["digits"](torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path, tmp_path / "c.pt", CPU)
+
+
+def test_digits_and_labels_belong_together():
+    x, y = QUALITY["read_digits"](real_data("mnist"), "t10k")
+    assert x.shape == (10_000, 1, 28, 28) and x.max() == 1 and y.bincount().tolist()[:3] == [980, 1135, 1032]
+
+
+# ---------------------------------------------------------------------------------------- a run, scored
+
+
+def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
+    """With a stand-in for Inception, so that no weights are needed: each file, each figure, no path of this machine."""
+    c = tiny(steps=4, ema=0.9)
+    assert dcgan.train(c) == 0
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"weights")
+    stand_in = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
+    globals_ = QUALITY["score"].__globals__
+    monkeypatch.setitem(globals_, "inception", lambda *_: lambda x: (stand_in(x.float() / 255),))
+    where = ["--reals", c.data, "--weights", str(weights), "--cache", c.cache, "--out", str(tmp_path / "quality")]
+    for more in ([], ["--raw", "--name", "raw seed 0"]):
+        QUALITY["main"](["score", c.run, *where, "--fakes", "20", *more])
+    a, b = (json.loads((tmp_path / "quality" / f"{name}.json").read_text()) for name in ("run", "raw_seed_0"))
+    assert a["weights"] == "EMA 0.9" and b["weights"] == "G" and a["fid"] != b["fid"]
+    assert a["fingerprint"] == b["fingerprint"] and a["fingerprint"]["reals"] == 24 and a["pictures"] == 16
+    assert (tmp_path / "quality" / "run.png").exists() and (Path(c.run) / "nearest.png").exists()
+    assert str(tmp_path) not in json.dumps(a)
+    QUALITY["main"](["table", "--out", str(tmp_path / "quality")])
+    assert "| run | 16 | EMA 0.9 |" in (tmp_path / "quality.md").read_text()
+    with pytest.raises(SystemExit, match="nothing_here"):
+        QUALITY["main"](["score", str(tmp_path / "nothing_here"), *where])
+
+
+@pytest.mark.slow
+def test_the_features_are_those_of_the_library(tmp_path):
+    """The state dict lacks what torch-fidelity wants by name; one of other names is refused, not filled up."""
+    path = real_data("fid_inception_fp16.pth")
+    net = QUALITY["inception"](path, CPU)
+    x = torch.stack([dcgan.T.pil_to_tensor(dcgan.draw_face(i, 64)) for i in range(2)])
+    one, both = QUALITY["features"](net, x[:1], CPU), QUALITY["features"](net, x, CPU, "bf16")
+    assert one.shape == (1, 2048) and (one >= 0).all()
+    assert (both[0] - one[0]).norm() < 0.05 * one.norm() and (both[1] - one[0]).norm() > 0.1 * one.norm()
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        QUALITY["inception"](tmp_path / "other.pth", CPU)
