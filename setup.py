@@ -60,15 +60,15 @@ def expose(module):
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """setuptools, if there is none that builds wheels by itself; of the versions that the installed torch takes."""
-    wanted = "setuptools>=70.1"
+    """setuptools, if there is none that knows the licence of pyproject.toml; of the versions that torch takes."""
+    wanted = "setuptools>=77"
     if expose("torch"):
         for line in importlib.metadata.requires("torch") or ():
             limit = re.match(r"setuptools\s*\(?([<>=!~0-9.,\s]+)", line)
             wanted += f",{limit[1].strip()}" if limit else ""
     if expose("setuptools"):
         version = importlib.metadata.version("setuptools")
-        if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (70, 1):
+        if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (77, 0):
             return []
     return [wanted]
 

@@ -6,9 +6,10 @@
 
 Every result is checked against eager PyTorch before it is timed.  The variants of a row run in turn, in bursts of
 four calls of which the first is not counted: what the machine does besides hits all of them, and each finds in the
-caches what it left there itself.  A figure is the median, its spread the distance between the quartiles.  On the CPU time is the CPU time of the one thread that works, once with the allocator as it comes and
-once with memory kept between calls, as dcgan.py trains.  Bytes are those that the fused algorithm must move
-(csrc/bn_leaky_relu.cpp, csrc/spectral_norm.cpp), the share is of a large copy measured in the same run.
+caches what it left there itself.  A figure is the median, its spread the distance between the quartiles.  On the
+CPU time is the CPU time of the one thread that works, once with the allocator as it comes and once with memory kept
+between calls, as dcgan.py trains.  Bytes are those that the fused algorithm must move (csrc/bn_leaky_relu.cpp,
+csrc/spectral_norm.cpp), the share is of a large copy measured in the same run.
 Writes benchmarks/results/ops_<device>.json and .md.
 """
 
@@ -265,7 +266,8 @@ def table(rows, facts):
     lines += [f"{facts['threads']} thread(s), copy {facts['copy_gb_s']} GB/s. {facts['note']}", ""]
     lines += ["Summed over D's three BatchNorms, and over its five weights:", ""]
     lines += ["| op | allocator | dtype | layout | direction | fused ms | fused is faster by |", "|" + "---|" * 7]
-    lines += [*summary(rows), "", "Slower than eager PyTorch:", "", *losses(rows), "", "All rows; `kept` is what lives between forward and backward:", ""]
+    lines += [*summary(rows), "", "Slower than eager PyTorch:", "", *losses(rows), ""]
+    lines += ["All rows; `kept` is what lives between forward and backward:", ""]
     names = ["op", "shape", "dtype", "layout", "direction", "allocator", "variant", "ms", "spread_ms", "times_eager"]
     names += ["gb_s", "share_of_copy", "launches", "kept_mb"]
     lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]

@@ -254,6 +254,19 @@ def test_cuda_sources_compile(source, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
+def test_the_module_takes_the_pybind11_of_torch_2_11(tmp_path):
+    """Which refuses to be included beside the stable ABI; at the installation there may be no other."""
+    (tmp_path / "pybind11").mkdir()
+    (tmp_path / "pybind11" / "pybind11.h").write_text(
+        "#ifdef TORCH_TARGET_VERSION\n#error refused\n#endif\n"
+        "struct M { const char *&doc(), *&attr(const char *); };\n#define PYBIND11_MODULE(name, m) void f(M m)\n"
+    )
+    command = ["c++", "-fsyntax-only", *build.COMMON, f"-I{tmp_path}", "-DTORCH_EXTENSION_NAME=_cpu", "module.cpp"]
+    done = subprocess.run(command, cwd=ROOT / "csrc", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_plain_loops_for_other_compilers(project):
     """Without target_clones, as on other processors: the same results."""
