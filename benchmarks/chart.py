@@ -19,7 +19,7 @@ OURS, THEIRS = "#2b6cb0", "#a0aec0"
 
 def draw(result, path):
     """One bar a row of the step's table, in its order, the ratio to the reference at its end."""
-    rows = result["groups"]["all"]
+    rows = result["groups"]["all"]["rows"]
     labels = [f"{row['name']}, {row['precision']}" for row in rows]
     labels = [label + (", memory kept" if row["allocator"] == "kept" and row["preset"] == "reference" else "")
               + (", memory not kept" if row["allocator"] == "default" and row["preset"] != "reference" else "")

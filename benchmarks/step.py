@@ -17,8 +17,10 @@ Writes benchmarks/results/step_<device>.json and .md.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
+import json
 import multiprocessing
 import re
 import statistics
@@ -26,7 +28,7 @@ import time
 import types
 
 import torch
-from common import cores, dcgan, facts, median_of, table, write
+from common import ROOT, cores, dcgan, facts, median_of, table, write
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -198,7 +200,8 @@ def the_rows(device, compiled, tiny):
     for preset in dcgan.PRESETS:
         presets += [ours("fp32", preset=preset), ours("bf16", preset=preset), ours("bf16", preset=preset, fused=True)]
     more = [ours("bf16", preset=preset, graph=True, fused=True) for preset in dcgan.PRESETS] if device == "cuda" else []
-    groups = {"all": [reference(), *alone, *stacked, *(compiles if compiled else [])]}
+    groups = {"all": [reference(), *alone, *stacked]}
+    groups |= {"compiled": [reference(), *compiles, ours("bf16")]} if compiled else {}
     return groups | ({"one thread": one} if device == "cpu" else {}) | {"presets": presets + more}
 
 
@@ -235,13 +238,13 @@ KINDS = {  # the first that fits the name of an operator or of a GPU's kernel
 }
 
 
-def profiled(step, device):
+def profiled(step, device, steps):
     """-> ({kind: ms a step}, operators or, on a GPU, launches a step)"""
     cuda = torch.autograd.DeviceType.CUDA
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(3):
+        for _ in range(steps):
             step()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -251,8 +254,8 @@ def profiled(step, device):
     spent = dict.fromkeys([*KINDS, "other"], 0.0)
     for e in events:
         kind = next((kind for kind, names in KINDS.items() if re.search(names, e.key, re.IGNORECASE)), "other")
-        spent[kind] += (e.self_device_time_total if device == "cuda" else e.self_cpu_time_total) / 3e3
-    return {kind: round(ms, 2) for kind, ms in spent.items()}, round(sum(e.count for e in events) / 3)
+        spent[kind] += (e.self_device_time_total if device == "cuda" else e.self_cpu_time_total) / (1e3 * steps)
+    return {kind: round(ms, 2) for kind, ms in spent.items()}, round(sum(e.count for e in events) / steps)
 
 
 def worker(pipe, device, threads, allocator, size):
@@ -261,6 +264,11 @@ def worker(pipe, device, threads, allocator, size):
     if device == "cuda" or allocator == "kept":
         dcgan.tune(dcgan.config("demo"), torch.device(device))
     steps = {}
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the one who asks has gone
+        answer(pipe, device, size, steps)
+
+
+def answer(pipe, device, size, steps):
     for row, what in iter(pipe.recv, None):
         if what == "peak":
             pipe.send(matmul_rate(row, device))
@@ -269,15 +277,15 @@ def worker(pipe, device, threads, allocator, size):
         if key not in steps:
             torch.manual_seed(0)
             steps[key] = (make_reference if row["preset"] == "reference" else make_ours)(row, device, size)
-            for _ in range(1 if size["tiny"] else 3):
+            for _ in range(1 if size["tiny"] else 2):
                 steps[key]()
         step = steps[key]
         if what == "flops":
             with FlopCounterMode(display=False) as counter:
                 step()
             pipe.send(counter.get_total_flops())
-        elif what == "profile":
-            pipe.send(profiled(step, device))
+        elif what in ("profile", "count"):
+            pipe.send(profiled(step, device, 3 if what == "profile" else 1))
         else:
             pipe.send(timed(step, device, what))
     pipe.send(None)
@@ -333,7 +341,7 @@ def measure(rows, threads, options, size, profiles=()):
         elif not flops:
             row_of_ours = next(r for r in rows if r["preset"] == "classic" and not r["options"].get("compile"))
             flops = size["flops"] = ask(row_of_ours, "flops")
-        _, launches = ask(row, "profile")
+        _, launches = ask(row, "count")
         ratio = statistics.median(a / b for a, b in zip(times[0], got, strict=True))
         share = flops / median / peaks[row["precision"]] if peaks else None
         results.append({
@@ -356,57 +364,62 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def to_markdown(groups, kinds, peaks, device):
-    titles = {
-        "all": "The step, on all cores" if device == "cpu" else "The step",
-        "one thread": "The same on one thread",
-        "presets": "Every preset at its own batch size",
-    }
+TITLES = {
+    "all": "Each lever alone, and all together",
+    "compiled": "Against torch.compile",
+    "one thread": "On one thread",
+    "presets": "Every preset at its own batch size",
+}
+
+
+def to_markdown(groups, device):
     lines = []
-    for group, rows in groups.items():
-        rates = ", ".join(f"{p} {rate / 1e9:,.0f} GFLOP/s" for p, rate in peaks[group].items())
-        gflop = "" if group == "presets" else f" {rows[0]['gflop a picture']} useful GFLOP a picture."
-        columns = dict(COLUMNS)
+    for group, title in TITLES.items():
+        if group not in groups:
+            continue
+        found, columns = groups[group], dict(COLUMNS)
         if group == "presets":
             columns.pop("x reference")
             columns["useful GFLOP a picture"] = "gflop a picture"
-        lines += [f"## {titles[group]}", "", f"Peak, the fastest large matmul: {rates}.{gflop}", ""]
+        about, rows = found["about"], found["rows"]
+        rates = ", ".join(f"{precision} {rate / 1e9:,.0f} GFLOP/s" for precision, rate in found["peaks"].items())
+        run = f"`{about['command']}` at {about['commit']}, {about['date']}, {rows[0]['threads']} thread(s)"
+        gflop = "" if group == "presets" else f"; {rows[0]['gflop a picture']} useful GFLOP a picture"
+        lines += [f"## {title}", "", f"{run}; peak: {rates}{gflop}. {about['note']}".strip(), ""]
         lines += [*table(rows, columns), ""]
     where = "of the GPU, by kernel" if device == "cuda" else "of the calling thread, by operator"
+    kinds = groups["all"]["kinds"] if "all" in groups else {}
     lines += ["## Where the time goes", "", f"ms a step {where}; the profiler's own cost is in it.", ""]
-    kinds_seen = [{"kind": kind, **{row: spent[kind] for row, spent in kinds.items()}} for kind in [*KINDS, "other"]]
-    return [*lines, *table(kinds_seen, {name: name for name in ("kind", *kinds)})]
+    seen = [{"kind": kind, **{row: spent[kind] for row, spent in kinds.items()}} for kind in [*KINDS, "other"]]
+    return [*lines, *table(seen, {name: name for name in ("kind", *kinds)})]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="a row's turn lasts at least so long")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--only", choices=["all", "one thread", "presets"], help="one table; writes nothing")
+    parser.add_argument("--only", choices=list(TITLES), help="this table; the others stay as they were")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     options = parser.parse_args()
-    about = facts(options.device, options.note)
-    size = dict(width=64, batch=128, tiny=False)
+    about, size = facts(options.device, options.note), dict(width=64, batch=128, tiny=False)
     if options.quick:
         size, options.rounds, options.seconds = dict(width=8, batch=4, tiny=True), 1, 0.0
-    everything = the_rows(options.device, options.compile, options.quick)
     shown = [reference(), ours("fp32"), ours("bf16"), ours("bf16", fused=True)]
     shown += [ours("bf16", graph=True, fused=True)] if options.device == "cuda" else []
-    groups, kinds, peaks = {}, {}, {}
-    for group, rows in everything.items():
+    old = ROOT / "benchmarks" / "results" / f"step_{options.device}.json"
+    groups = json.loads(old.read_text())["groups"] if options.only and old.exists() else {}
+    for group, rows in the_rows(options.device, options.compile, options.quick).items():
         if options.only in (None, group):
             threads = 1 if group == "one thread" or options.quick else cores()
-            groups[group], new, peaks[group] = measure(rows, threads, options, size, shown if group == "all" else ())
-            kinds |= new
-            print(*table(groups[group], COLUMNS), sep="\n", flush=True)
-    if options.quick or options.only:
-        return
-    title = f"The training step on {about['device']}"
-    lines = to_markdown(groups, kinds, peaks, options.device)
-    write(f"step_{options.device}", title, about, lines, peaks=peaks, groups=groups, kinds=kinds)
+            rows, kinds, peaks = measure(rows, threads, options, size, shown if group == "all" else ())
+            groups[group] = {"about": about, "peaks": peaks, "rows": rows, "kinds": kinds}
+            print(*table(rows, COLUMNS), sep="\n", flush=True)
+    if not options.quick:
+        lines = to_markdown(groups, options.device)
+        write(f"step_{options.device}", f"The training step on {about['device']}", about, lines, groups=groups)
 
 
 if __name__ == "__main__":

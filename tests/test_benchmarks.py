@@ -85,7 +85,10 @@ def test_the_chart_takes_the_figures_of_the_step(tmp_path):
     chart = pytest.importorskip("chart", reason="the chart needs matplotlib", exc_type=ImportError)
     row = {"name": "reference", "precision": "fp32", "allocator": "default", "preset": "reference"}
     rows = [{**row, "img/s": 100.0, "ratio": 1.0}, {**row, "preset": "classic", "img/s": 200.0, "ratio": 2.0}]
-    chart.draw(json.loads(json.dumps({"device": "a CPU", "cores": 2, "groups": {"all": rows}})), tmp_path / "step.png")
+    chart.draw(
+        json.loads(json.dumps({"device": "a CPU", "cores": 2, "groups": {"all": {"rows": rows}}})),
+        tmp_path / "step.png",
+    )
     assert (tmp_path / "step.png").stat().st_size > 5000
 
 
