@@ -44,13 +44,10 @@ import dcgan  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PROTOCOL = dict(features="torch-fidelity inception-v3-compat 2048", resize="TF 1 bilinear to 299x299")
 FEW = 1000  # pictures whose nearest neighbours are looked for
+COPIED = "--optimizer adam --weight-decay 0 --lr 2e-4 --beta1 0.5 --beta2 0.999 --no-flips --ema 0.999"
 FACES = {  # the table: name -> preset, options; every row sees as many pictures
-    "copied recipe": ("classic", "--optimizer adam --weight-decay 0 --lr 2e-4 --beta2 0.999"),
-    "copied recipe, its EMA": ("classic", "--optimizer adam --weight-decay 0 --lr 2e-4 --beta2 0.999 --ema 0.999"),
-    "classic": ("classic", ""),
-    "regularized": ("regularized", ""),
-    "keras": ("keras", ""),
-    "best": ("best", ""),
+    "copied recipe": ("classic", COPIED),  # pytorch/examples; scored as it is, and with an EMA of G beside it
+    **{name: (name, "") for name in ("classic", "regularized", "keras", "best") if name in dcgan.PRESETS},
 }
 
 
@@ -61,7 +58,7 @@ def sha256(data):
 # ---------------------------------------------------------------------------------------- features and figures
 
 
-def inception(path, device):
+def inception(path, device, layer="2048"):
     """-> pictures (N, 3, H, W) uint8 -> a tuple of (N, 2048), from a state dict.  torch-fidelity wants every name it
     knows: `fc`, which no figure here uses, becomes 0, and BatchNorm's weight, which TensorFlow left out, 1."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -74,20 +71,19 @@ def inception(path, device):
     state.setdefault("fc.bias", torch.zeros(1008))
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, f"{folder}/weights.pth")
-        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=f"{folder}/weights.pth")
+        net = FeatureExtractorInceptionV3("inception", [layer], feature_extractor_weights_path=f"{folder}/weights.pth")
     torch.backends.cudnn.allow_tf32 = False  # the features are to be those of any other machine
     return net.to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def features(net, x, device, precision="fp32", chunk=16):
+def features(net, x, device, precision="fp32"):
     """x (n, 1 or 3, H, W) uint8 -> (n, 2048) float32 on the CPU."""
     out = []
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        dcgan.progress(len(x), "features", "img") as bar,
-    ):
-        for part in x.split(chunk if device.type == "cpu" else 16 * chunk):
+    chunk = 16 if device.type == "cpu" else 256
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with bf16, dcgan.progress(len(x), "features", "img") as bar:
+        for part in x.split(chunk):
             out.append(net(part.expand(-1, 3, -1, -1).to(device))[0].float().cpu())
             bar.update(len(part))
     return torch.cat(out)
@@ -138,14 +134,11 @@ def nearness(fake, real, fake_features, real_features, page):
 # ---------------------------------------------------------------------------------------- digits
 
 
-class Classifier(nn.Sequential):
-    """Digits (N, 1, 28, 28) in [0, 1] -> logits (N, 10)."""
-
-    def __init__(self):
-        layers = []
-        for before, after in ((1, 32), (32, 64)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+def classifier():
+    """-> a net: digits (N, 1, 28, 28) in [0, 1] -> logits (N, 10)."""
+    first = [nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def read_digits(folder, part):
@@ -160,13 +153,12 @@ def read_digits(folder, part):
 
 
 def train_classifier(folder, path, device, epochs=3):
-    """-> the Classifier in eval mode, from the cache or trained now, and its accuracy on the 10,000 test pictures."""
-    net = Classifier().to(device)
+    """-> the classifier in eval mode, from the cache or trained now; its accuracy on the 10,000 test pictures."""
+    torch.manual_seed(0)
+    net = classifier().to(device)
     if path.exists():
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     else:
-        torch.manual_seed(0)
-        net = Classifier().to(device)
         x, y = read_digits(folder, "train")
         steps = epochs * (len(x) // 100)
         opt = torch.optim.Adam(net.parameters())
@@ -273,9 +265,7 @@ def score(args):
     dcgan.save_picture(dcgan.grid(fake[:64]), out.with_suffix(".png"))
     for k in ("fid", "kid", "precision", "recall"):
         print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
-    print(
-        f"{'nearest':<10} {result['nearest']['pixels']:.2f} by pixels, {result['nearest']['features']:.2f} by features"
-    )
+    print(f"nearest    {result['nearest']['pixels']:.2f} by pixels, {result['nearest']['features']:.2f} by features")
     print(f"written    {out}")
 
 
@@ -332,9 +322,8 @@ def table(results):
         for r in group:
             if "digits" in r:
                 d, shares = r["digits"], ", ".join(f"{i}: {s:.1%}" for i, s in enumerate(r["digits"]["shares"]))
-                lines += ["", f"Digits of {r['name']} after {r['pictures']:,} pictures: a classifier that is right in "
-                          f"{d['accuracy']:.2%} of the test pictures is sure of"
-                          f" {d['confident']:.1%}. {shares}."]  # fmt: skip
+                lines += ["", f"{r['name']}, {r['pictures']:,} pictures seen: a classifier ({d['accuracy']:.2%} right "
+                          f"on the test set) is 0.9 sure of {d['confident']:.1%} of the digits. {shares}."]  # fmt: skip
         lines += ["", "Fingerprint: " + "; ".join(f"{name} {value}" for name, value in f.items()) + "."]
         lines += ["", f"Measured on {', and on '.join(sorted({r['machine'] for r in group}))}."]
     return [*lines, ""]
@@ -352,7 +341,10 @@ def train_and_score_all(args):
         words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
         subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache], check=True)  # noqa: S603
         words = ["score", folder, "--reals", data, "--weights", args.weights, "--cache", args.cache]
-        main([*map(str, words), "--name", f"{name} seed {seed}", "--fakes", str(args.fakes)])
+        words = [*map(str, words), "--fakes", str(args.fakes), "--precision", args.precision]
+        main([*words, "--name", f"{name} seed {seed}"])
+        if "--ema" in options:
+            main([*words, "--name", f"{name} without EMA seed {seed}", "--raw"])
     main(["table"])
 
 
@@ -364,7 +356,6 @@ def main(argv=None):
     a.add_argument("--reals", type=Path, required=True, help="the pictures to be like: a folder, .zip or idx files")
     a.add_argument("--name", default="", help="of its row; 'NAME seed N' makes one row of several seeds (the folder's)")
     a.add_argument("--raw", action="store_true", help="score G itself where the run has an EMA")
-    a.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the features; bf16: for CPUs")
     a.add_argument("--device", default="auto", help="cuda, cpu")
     b = commands.add_parser("all", help="train and score every row")
     b.add_argument("--faces", type=Path, required=True, help="the folder or .zip of faces")
@@ -374,6 +365,7 @@ def main(argv=None):
     for q in (a, b):
         q.add_argument("--weights", type=Path, required=True, help="state dict of the FID Inception")
         q.add_argument("--fakes", type=int, default=10_000, help="pictures to draw (10,000)")
+        q.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the features; bf16: for CPUs")
         q.add_argument("--cache", type=Path, default=ROOT / "runs" / "cache", help="where features of reals are kept")
     t = commands.add_parser("table", help="the JSONs -> quality.md beside their folder")
     for q in (a, t):
