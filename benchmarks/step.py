@@ -1,6 +1,6 @@
 """The training step against the recipe that everybody begins with, each lever alone and all of them together.
 
-    python benchmarks/step.py                     on the CPU: all cores, then one thread; about 15 minutes
+    python benchmarks/step.py                     on the CPU: all cores, then one thread; about 20 minutes
     python benchmarks/step.py --device cuda       on a GPU
     python benchmarks/step.py --quick             tiny networks, to see that it runs; writes nothing
 
@@ -228,13 +228,12 @@ def matmul_rate(precision, device, seconds=1.0):
 
 KINDS = {  # the first that fits the name of an operator or of a GPU's kernel
     "BatchNorm, with its activation where fused": r"batch_norm|bn_leaky_relu|bn_",
-    "spectral norm": r"spectral|aten::(mv|dot|linalg_vector_norm)|gemv|power",
+    "norms: spectral, of the gradients": r"spectral|aten::(mv|dot|linalg_vector_norm)|gemv|power",
     "convolution, backward": r"convolution_backward|dgrad|wgrad",
     "convolution and matmul, forward": r"conv|addmm|aten::mm|linear|gemm|cutlass|xmma|cudnn|implicit",
     "activation": r"relu|tanh|sigmoid|threshold",
     "optimiser": r"adam|optimizer|multi_tensor|foreach",
     "copies and layout": r"copy|aten::(cat|to|clone|index|flip|where)|CatArray|nchw|nhwc|Memcpy|Memset",
-    "compiled": r"triton|graph_|inductor|Compiled",
 }
 
 
