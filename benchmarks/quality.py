@@ -30,7 +30,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -216,22 +215,14 @@ def machine(device):
     return f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}; torch {torch.__version__}"
 
 
-def score(args):
-    """Score a run or a file of weights, and write all about it into one JSON."""
-    from torch_fidelity import __version__ as fidelity
+def by_inception(fake, real, args, device, page):
+    """-> all that is measured with Inception's features, with its floor and its fingerprint."""
+    from torch_fidelity import __version__
 
-    began, source, device = time.time(), Path(args.source), dcgan.choose_device(args.device)
-    folder = source if source.is_dir() else source.parent
-    G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
-    file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
-    c, step = G.config, dcgan.load(file)["step"]
-    real = dcgan.load_pictures(dataclasses.replace(c, data=str(args.reals), cache=str(args.cache)))
-    fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
     fingerprint = dict(
         PROTOCOL, reals=len(real), reals_sha256=sha256(real.numpy()), size=list(real.shape[1:]), fakes=args.fakes,
         seeds=f"0-{args.fakes - 1}", weights_sha256=sha256(args.weights.read_bytes()), precision=args.precision,
     )  # fmt: skip
-
     net, options = inception(args.weights, device), (device, args.precision)
     of_reals = {k: v for k, v in fingerprint.items() if k not in ("fakes", "seeds")}
     cached = Path(args.cache) / f"features_{sha256(json.dumps(of_reals).encode())}.pt"
@@ -243,29 +234,47 @@ def score(args):
     floors = cached.with_suffix(".json")
     if not floors.exists():
         floors.write_text(json.dumps(figures(*real_features[order].chunk(2))))
+    return {
+        **figures(fake_features, real_features), "floor": json.loads(floors.read_text()),
+        "nearest": nearness(fake, real[order], fake_features, real_features[order], page),
+        "fingerprint": fingerprint, "torch_fidelity": __version__,
+    }  # fmt: skip
 
+
+def score(args):
+    """Score a run or a file of weights, and write all about it into one JSON."""
+    source, device = Path(args.source), dcgan.choose_device(args.device)
+    dcgan.tune(dcgan.config(), device)
+    folder = source if source.is_dir() else source.parent
+    G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
+    file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
+    c, step = G.config, dcgan.load(file)["step"]
+    if not args.weights and c.family != "mnist":
+        raise ValueError("score needs --weights, the FID Inception, for all but MNIST's digits")
+    fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
     result = {
         "name": args.name or folder.name, "preset": c.preset, "pictures": step * c.batch_size, "seed": c.seed,
         "weights": "G" if args.raw or not c.ema else f"EMA {c.ema}",
-        "parameters": sum(p.numel() for p in G.parameters()),
-        **figures(fake_features, real_features), "floor": json.loads(floors.read_text()),
-        "nearest": nearness(fake, real[order], fake_features, real_features[order], folder / "nearest.png"),
+        "parameters": sum(p.numel() for p in G.parameters()), "fakes": args.fakes,
     }  # fmt: skip
+    if args.weights:
+        real = dcgan.load_pictures(dataclasses.replace(c, data=str(args.reals), cache=str(args.cache)))
+        result |= by_inception(fake, real, args, device, folder / "nearest.png")
+        for k in ("fid", "kid", "precision", "recall"):
+            print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
+        print("nearest    {pixels:.2f} by pixels, {features:.2f} by features".format(**result["nearest"]))
     if c.family == "mnist":
         idx = dcgan.find_idx(Path(args.reals)).parent
         result["digits"] = digits(fake, idx, Path(args.cache) / "classifier.pt", device)
-    result |= {"minutes": minutes(folder, c), "fingerprint": fingerprint, "training": dataclasses.asdict(c)}
+        print(f"confident  {result['digits']['confident']:.2%} of the digits")
+    result |= {"minutes": minutes(folder, c), "training": dataclasses.asdict(c)}
     for private in ("data", "run", "cache"):  # paths of one machine
         result["training"].pop(private)
-    result["machine"] = f"{machine(device)}, torch-fidelity {fidelity}"
-    result["scoring_minutes"] = (time.time() - began) / 60
+    result["machine"] = machine(device) + (f"; {args.note}" if args.note else "")
     out = args.out / f"{result['name'].replace(' ', '_').replace(',', '')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     dcgan.save_picture(dcgan.grid(fake[:64]), out.with_suffix(".png"))
-    for k in ("fid", "kid", "precision", "recall"):
-        print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
-    print(f"nearest    {result['nearest']['pixels']:.2f} by pixels, {result['nearest']['features']:.2f} by features")
     print(f"written    {out}")
 
 
@@ -309,7 +318,8 @@ def table(results):
              "columns are. Figures of different tables cannot be compared."]  # fmt: skip
     groups = {}
     for r in results:
-        groups.setdefault(json.dumps(r["fingerprint"], sort_keys=True), []).append(r)
+        if "fid" in r:
+            groups.setdefault(json.dumps(r["fingerprint"], sort_keys=True), []).append(r)
     for group in groups.values():
         f, floor, rows = group[0]["fingerprint"], group[0]["floor"], {}
         for r in group:
@@ -319,13 +329,19 @@ def table(results):
         lines += ["", f"## {f['fakes']:,} fakes against {f['reals']:,} pictures of {'x'.join(map(str, f['size']))}", ""]
         table = [COLUMNS, ["---"] * len(COLUMNS), *(table_row(rows[key]) for key in sorted(rows)), last]
         lines += [f"| {' | '.join(cells)} |" for cells in table]
-        for r in group:
-            if "digits" in r:
-                d, shares = r["digits"], ", ".join(f"{i}: {s:.1%}" for i, s in enumerate(r["digits"]["shares"]))
-                lines += ["", f"{r['name']}, {r['pictures']:,} pictures seen: a classifier ({d['accuracy']:.2%} right "
-                          f"on the test set) is 0.9 sure of {d['confident']:.1%} of the digits. {shares}."]  # fmt: skip
         lines += ["", "Fingerprint: " + "; ".join(f"{name} {value}" for name, value in f.items()) + "."]
-        lines += ["", f"Measured on {', and on '.join(sorted({r['machine'] for r in group}))}."]
+        machines = sorted({f"{r['machine']}; torch-fidelity {r['torch_fidelity']}" for r in group})
+        lines += ["", f"Measured on {', and on '.join(machines)}."]
+    if any("digits" in r for r in results):
+        lines += ["", "## Digits", "", "Confident: the classifier is 0.9 sure, or more.", ""]
+        head = ["recipe", "pictures seen", "seed", "fakes", "confident", *"0123456789", "classifier right", "minutes"]
+        lines += [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head))]
+        for r in (r for r in results if "digits" in r):
+            d, time = r["digits"], f"{r['minutes']:.0f}" if r["minutes"] else "-"
+            cells = [r["name"].split(" seed ")[0], f"{r['pictures']:,}", str(r["seed"]), f"{r['fakes']:,}"]
+            cells += [f"{d['confident']:.1%}", *(f"{s:.1%}" for s in d["shares"]), f"{d['accuracy']:.2%}", time]
+            lines += [f"| {' | '.join(cells)} |"]
+        lines += ["", f"Measured on {', and on '.join(sorted({r['machine'] for r in results if 'digits' in r}))}."]
     return [*lines, ""]
 
 
@@ -356,6 +372,7 @@ def main(argv=None):
     a.add_argument("--reals", type=Path, required=True, help="the pictures to be like: a folder, .zip or idx files")
     a.add_argument("--name", default="", help="of its row; 'NAME seed N' makes one row of several seeds (the folder's)")
     a.add_argument("--raw", action="store_true", help="score G itself where the run has an EMA")
+    a.add_argument("--note", default="", help="a word on the circumstances, kept with the name of the machine")
     a.add_argument("--device", default="auto", help="cuda, cpu")
     b = commands.add_parser("all", help="train and score every row")
     b.add_argument("--faces", type=Path, required=True, help="the folder or .zip of faces")
@@ -363,7 +380,7 @@ def main(argv=None):
     b.add_argument("--pictures", type=int, default=2_000_000, help="that each row of faces sees (2,000,000)")
     b.add_argument("--seeds", type=int, default=2, help="runs of each row (2)")
     for q in (a, b):
-        q.add_argument("--weights", type=Path, required=True, help="state dict of the FID Inception")
+        q.add_argument("--weights", type=Path, required=q is b, help="the FID Inception; none: only the digits")
         q.add_argument("--fakes", type=int, default=10_000, help="pictures to draw (10,000)")
         q.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the features; bf16: for CPUs")
         q.add_argument("--cache", type=Path, default=ROOT / "runs" / "cache", help="where features of reals are kept")

@@ -26,6 +26,7 @@ def result(name="a", seed=0, fid=10.0, pictures=1000, **fingerprint):
         "name": f"{name} seed {seed}", "seed": seed, "pictures": pictures, "weights": "G", "minutes": 1.0, **figures,
         "floor": dict(fid=1.0, kid=0.0, precision=0.8, recall=0.8), "nearest": dict(pixels=1.0, features=1.1),
         "fingerprint": dict(reals=20, fakes=10, size=[3, 8, 8], reals_sha256="x") | fingerprint, "machine": "m",
+        "torch_fidelity": "1",
     }  # fmt: skip
 
 
@@ -122,6 +123,22 @@ def test_the_shares_of_digits_are_counted(monkeypatch, tmp_path):
         QUALITY["digits"](torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path, tmp_path / "c.pt", CPU)
 
 
+def test_digits_are_scored_without_inception(tiny, tmp_path, monkeypatch):
+    c = tiny(preset="mnist", data=str(real_data("mnist")), image_size=28, nc=1, steps=1)
+    assert dcgan.train(c) == 0
+    monkeypatch.setitem(QUALITY["digits"].__globals__, "train_classifier", lambda *_: (classifier.eval(), 0.995))
+    classifier = QUALITY["classifier"]()
+    where = ["--reals", c.data, "--cache", c.cache, "--out", str(tmp_path / "quality"), "--note", "in a test"]
+    QUALITY["main"](["score", c.run, *where, "--fakes", "20", "--name", "mnist seed 5"])
+    found = json.loads((tmp_path / "quality" / "mnist_seed_5.json").read_text())
+    assert sum(found["digits"]["shares"]) == pytest.approx(1) and "fid" not in found
+    QUALITY["main"](["table", "--out", str(tmp_path / "quality")])
+    lines = (tmp_path / "quality.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 3 and len({line.count("|") for line in rows}) == 1 and lines[-1].endswith("in a test.")
+    assert rows[2].startswith(f"| mnist | {c.batch_size} | {c.seed} | 20 | ")
+
+
 def test_digits_and_labels_belong_together():
     x, y = QUALITY["read_digits"](real_data("mnist"), "t10k")
     assert x.shape == (10_000, 1, 28, 28) and x.max() == 1 and y.bincount().tolist()[:3] == [980, 1135, 1032]
@@ -149,6 +166,8 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in json.dumps(a)
     QUALITY["main"](["table", "--out", str(tmp_path / "quality")])
     assert "| run | 16 | EMA 0.9 |" in (tmp_path / "quality.md").read_text()
+    with pytest.raises(SystemExit, match="needs --weights"):
+        QUALITY["main"](["score", c.run, "--reals", c.data, "--out", str(tmp_path / "quality")])
     with pytest.raises(SystemExit, match="nothing_here"):
         QUALITY["main"](["score", str(tmp_path / "nothing_here"), *where])
 
