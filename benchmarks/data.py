@@ -39,11 +39,11 @@ def draw_pictures(folder, n, width=178, height=218):
         face.crop((0, 0, width, height)).save(folder / "faces" / f"{i:06d}.jpg", quality=92)
 
 
-def image_folder(root, size):
+def image_folder(root, size, workers):
     """An epoch of the reference -> how many pictures it took."""
     steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
     pictures = datasets.ImageFolder(root, transforms.Compose([*steps, transforms.Normalize((0.5,) * 3, (0.5,) * 3)]))
-    return sum(len(x) for x, _ in torch.utils.data.DataLoader(pictures, BATCH, shuffle=True))
+    return sum(len(x) for x, _ in torch.utils.data.DataLoader(pictures, BATCH, True, num_workers=workers))
 
 
 def quietly(work, *args):
@@ -125,7 +125,8 @@ def the_rows(folder, archive, cache, size):
     pictures, epochs = quietly(dcgan.load_pictures, c), itertools.count()
     flipped = dcgan.config("classic", flips=True, batch_size=BATCH)
     return {
-        "ImageFolder + PIL, no processes besides": lambda: image_folder(folder, size),
+        "ImageFolder + PIL, no processes besides": lambda: image_folder(folder, size, 0),
+        f"ImageFolder + PIL, {cores()} processes": lambda: image_folder(folder, size, cores()),
         "build, no processes besides": lambda: build(folder, size, 0),
         f"build, {cores()} processes": lambda: build(folder, size, cores()),
         "build from a .zip": lambda: build(archive, size, 0),
