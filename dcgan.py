@@ -3,7 +3,7 @@
     python dcgan.py                                   drawn faces: no download, some minutes on two CPU cores
     python dcgan.py --data celeb_dataset              a folder, nested folder or .zip of pictures
     python dcgan.py --data celeb_dataset --fused      the same with the fused kernels of csrc/
-    python dcgan.py --preset mnist --data mnist_dir   another system: classic, keras, regularized, mnist, demo
+    python dcgan.py --preset mnist --data mnist_dir   another system: classic, regularized, keras, demo, best
     python dcgan.py --run runs/demo-drawn --resume    go on where a run stopped
     torchrun --nproc-per-node=8 -- dcgan.py ...       the same on many GPUs, or CPU processes
     python dcgan.py generate RUN --seeds 0-63         pictures from a run, a checkpoint or a snapshot
@@ -89,6 +89,9 @@ PRESETS = {
     "mnist": dict(  # the TF tutorial on MNIST
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
+    ),
+    "best": dict(  # ours: the networks of classic, and what benchmarks/quality.py found to help on faces
+        batch_size=16, beta2=0.99, spectral_norm=True, flips=True, ema=0.998,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
@@ -275,11 +278,10 @@ def draw_face(seed, size):
         return [(x + (cx - rx) * w) * s, (y + (cy - ry) * h) * s, (x + (cx + rx) * w) * s, (y + (cy + ry) * h) * s]
 
     style = r.choice(["short", "long", "long", "round", "round", "bald"])
+    if style in ("long", "round"):
+        pen.ellipse(box(0, -0.15, 1.25, 1.05) if style == "long" else box(0, -0.35, 1.35, 1.0), hair)
     if style == "long":
-        pen.ellipse(box(0, -0.15, 1.25, 1.05), hair)
         pen.rectangle(box(0, 0.4, 1.25, 0.55), hair)
-    elif style == "round":
-        pen.ellipse(box(0, -0.35, 1.35, 1.0), hair)
     pen.ellipse(box(0, 0, 1, 1), skin)
     if style != "bald":  # what falls over the forehead
         pen.chord(box(0, -0.1, 1.0, 0.95), r.randrange(195, 220), r.randrange(320, 345), hair)
@@ -933,11 +935,9 @@ def choose_device(name):
 
 def choose_precision(name, device):
     """-> "bf16" or "fp32"; auto: bf16 where the hardware multiplies it, not where it would only be emulated."""
-    if device.type == "cuda":
-        has = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        probes = (getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile"))
-        has = device.type == "cpu" and any(probe() for probe in probes)
+    probes = (getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile"))
+    has = device.type == "cpu" and any(probe() for probe in probes)
+    has = has or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return name if name != "auto" else "bf16" if has else "fp32"
 
 
@@ -1301,7 +1301,7 @@ def read_options(argv):
     p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
     p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
     p.epilog = (
-        "presets: classic, PyTorch's DCGAN on CelebA; regularized, with spectral norm, dropout, noise and smoothing; "
+        "presets: best, for a folder; classic, PyTorch's DCGAN on CelebA; regularized, with all that might help; "
         "keras, the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces"
     )
     group = p
@@ -1331,7 +1331,7 @@ def main(argv=None):
         if given.get("download"):
             given["data"] = download(given["download"], given.get("data"))
         data = given.get("data", "")
-        preset = "demo" if not data else "mnist" if find_idx(Path(data)) else "classic"
+        preset = "demo" if not data else "mnist" if find_idx(Path(data)) else "best"
         return train(config(**{"preset": preset, **given}), frozenset(given))
     except (UserError, OSError) as e:
         print(f"dcgan.py: {e}", file=sys.stderr)

@@ -29,6 +29,7 @@ TINY = {  # of each preset: seconds become milliseconds, and no kind of layer is
     "keras": "--image-size 16 --nz 8 --ngf 4 --ndf 4",
     "mnist": "--image-size 14 --nz 8 --ngf 4 --ndf 4",
     "demo": "--image-size 16 --nz 8 --ngf 4 --ndf 4",
+    "best": "--image-size 16 --nz 8 --ngf 4 --ndf 4",
 }
 N = 36  # pictures: at 8 a step an epoch ends within a batch, 4.5 steps long
 

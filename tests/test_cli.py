@@ -33,7 +33,22 @@ def trained(tmp_path_factory, faces, cache):
     """A run of 14 steps, four and two thirds epochs, with an EMA -> its folder, what it printed, its exit code."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = [*SMALL.split(), "--data", faces, "--cache", cache, "--run", folder, "--ema", "0.5", "--lr", "0.01"]
-    words += ["--steps", 14, "--report-every", 2, "--sample-every", 4, "--save-every", 5, "--keep", 2, "--noise", 0.1]
+    words += [
+        "--preset",
+        "classic",
+        "--steps",
+        14,
+        "--report-every",
+        2,
+        "--sample-every",
+        4,
+        "--save-every",
+        5,
+        "--keep",
+        2,
+        "--noise",
+        0.1,
+    ]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = dcgan.main([str(word) for word in words])
@@ -149,7 +164,7 @@ def test_the_preset_follows_from_the_data(word, chosen, run_main, faces, tmp_pat
     run_main(*word, "--data", tmp_path / "mnist_dir")
     run_main(*word, "--data", idx)
     run_main(*word, "--data", tmp_path / "mnist_dir", "--preset", "keras")
-    assert [c.preset for c in chosen] == ["demo", "classic", "mnist", "mnist", "keras"]
+    assert [c.preset for c in chosen] == ["demo", "best", "mnist", "mnist", "keras"]
     assert chosen[0].data == ""
 
 
@@ -253,7 +268,7 @@ def test_every_preset_trains_from_the_command_line(preset, small, run_main, tmp_
 def test_a_run_has_a_name_by_itself(small, run_main, faces, cache, few_drawn):
     words = ["--steps", "1", *small()[:-2]]  # all but --run
     assert run_main(*words).code == 0
-    assert Path("runs/classic-faces/generator.pt").exists()
+    assert Path("runs/best-faces/generator.pt").exists()
     words[words.index("--data") + 1] = ""
     assert run_main(*words).code == 0
     assert Path("runs/demo-drawn/generator.pt").exists()

@@ -76,6 +76,8 @@ PARAMETERS = {  # as the sources count them, without running statistics
     "classic": (3_576_704, 2_765_568),
     "mnist": (2_305_472, 212_865),
     "regularized": (13_117_184, 11_036_160),
+    "demo": (568_224, 167_808),
+    "best": (3_576_704, 2_765_568),
 }
 
 
@@ -114,6 +116,12 @@ def test_every_layer_has_the_shape_and_parameters_of_its_source(preset):
             assert math.prod(shape) == math.prod(map(int, words.split("x")))
             assert len(shape) == 1 or "x".join(map(str, shape)) == words
     assert (count(G), count(D)) == PARAMETERS[preset]
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_the_parameters_are_counted(preset):
+    _, G, D = networks(preset)
+    assert (count(G), count(D)) == PARAMETERS[preset] and set(PARAMETERS) == set(PRESETS)
 
 
 @pytest.mark.parametrize("preset", LAYERS)
