@@ -351,9 +351,10 @@ def decode(picture, c):
 
 
 def fit_picture(picture, c):
-    """A Pillow picture -> (nc, image_size, image_size) uint8: squashed, or the largest square around its centre."""
+    """A Pillow picture -> (nc, image_size, image_size) uint8 array: squashed, or the largest square at its centre."""
     how = functools.partial(ImageOps.fit, picture) if c.fit == "crop" else picture.resize
-    return T.pil_to_tensor(how((c.image_size, c.image_size), Image.Resampling.BILINEAR))  # antialiased
+    fitted = how((c.image_size, c.image_size), Image.Resampling.BILINEAR)  # antialiased
+    return np.asarray(fitted).reshape(c.image_size, c.image_size, c.nc).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -410,7 +411,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             with warnings.catch_warnings(), self.open(self.names[i]) as picture:
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
-                return fit_picture(decode(picture, self.c), self.c).numpy()  # other processes pass it by value
+                return fit_picture(decode(picture, self.c), self.c)
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
             return f"{self.names[i]}: {type(e).__name__}: {' '.join(str(e).split())}"
 
@@ -856,7 +857,7 @@ def latent(seeds, nz):
 
 
 @torch.inference_mode()
-def draw(G, z, device, precision="fp32", chunk=16):
+def draw(G, z, device, precision="fp32", chunk=32):
     """z (n, nz) -> (n, nc, H, W) uint8 on the CPU.  BatchNorm takes its running statistics, and all chunks have one
     size, so that the same z gives the same picture whatever is drawn beside it."""
     training, pictures = G.training, []
