@@ -679,7 +679,7 @@ class Discriminator(nn.Module):
 
 def to_range(pixels, c):
     """uint8 -> float32 in the range of G's pictures."""
-    return pixels.float() / 255 if c.family == "keras" else pixels.float() / 127.5 - 1
+    return pixels / 255 if c.family == "keras" else pixels / 127.5 - 1
 
 
 def to_pixels(x, c):
@@ -719,12 +719,12 @@ def draw_inputs(c, pictures, step, device):
     process's n = batch_size / WORLD, so that many processes see what one would."""
     size, here = c.batch_size, slice(RANK * c.batch_size // WORLD, (RANK + 1) * c.batch_size // WORLD)
     indices = batch_indices(len(pictures), c.seed, step * size, (step + 1) * size)[here]
-    real = to_range(to_device(pictures[to_device(indices, pictures.device)], device), c)
-    real = real.contiguous(memory_format=torch.channels_last)
+    pixels = to_device(pictures[to_device(indices, pictures.device)], device)
     torch.manual_seed(key(c.seed, "step", step))
     z = torch.randn(2, size, c.nz, device=device)[:, here]
     if c.flips:
-        real = torch.where(torch.rand(size, 1, 1, 1, device=device)[here] < 0.5, real.flip(-1), real)
+        pixels = torch.where(torch.rand(size, 1, 1, 1, device=device)[here] < 0.5, pixels.flip(-1), pixels)
+    real = to_range(pixels.contiguous(memory_format=torch.channels_last), c)
     noise = torch.zeros(3, 1, device=device)
     if c.noise and step < c.noise_steps:
         std = c.noise * (1 - step / c.noise_steps)
