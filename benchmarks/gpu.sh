@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything about the fused ops that needs a GPU, in one go: build, test, sanitise, measure.
+# Everything that needs a GPU, in one go: build the kernels, test, sanitise, measure ops, step and drawing.
 #
 #   bash benchmarks/gpu.sh              from the root of the project, with the Python that shall be used on PATH
 #
-# Goes on after a failure and says at the end what failed; results are in benchmarks/results/ops_cuda.{json,md},
-# logs in runs/gpu/. PYTHON names another interpreter. Takes about 15 minutes.
+# Goes on after a failure and says at the end what failed; results are in benchmarks/results/*_cuda.{json,md},
+# logs in runs/gpu/. PYTHON names another interpreter. How long it takes is not yet measured.
 set -u
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python}
+export PYTHON=${PYTHON:-python}
 LOGS=runs/gpu
 mkdir -p "$LOGS"
 failed=()
@@ -41,9 +41,9 @@ else
 fi
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 
-step benchmark "$PYTHON" benchmarks/ops.py --device cuda
+step benchmarks bash benchmarks/all.sh cuda
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]} (logs in $LOGS)"
   exit 1
 fi
-echo "all passed; commit benchmarks/results/ops_cuda.*"
+echo "all passed; commit benchmarks/results/*_cuda.*"
