@@ -373,7 +373,7 @@ class Pictures(torch.utils.data.Dataset):
         self.key = f"{key(FORMAT, self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
 
     @functools.cached_property
-    def source(self):  # each process opens its own
+    def source(self):  # of a zip each process opens its own: forked ones would share one position in the file
         return zipfile.ZipFile(self.root) if self.kind == "zip" else read_idx(self.root)
 
     @functools.cached_property
@@ -383,7 +383,7 @@ class Pictures(torch.utils.data.Dataset):
             return range(DRAWN if self.kind == "drawn" else len(self.source))
         what = f"--data {self.root} is no folder, .zip or idx file; give one"
         with explained(what, zipfile.BadZipFile, NotImplementedError):
-            files = list_files(self.root) if self.kind == "folder" else self.source.namelist()
+            files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
         pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
         pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
         if not pictures:

@@ -744,6 +744,14 @@ def test_a_decoder_process_reads_what_the_main_process_reads(tmp_path, config):
     assert names_left_out(one) == names_left_out(two) == ["0033.png"]
 
 
+def test_decoder_processes_do_not_share_one_open_zip(tmp_path, config):
+    """A file that is open before a fork has one position for all."""
+    paths = make_pictures(tmp_path / "p", 300, size=(90, 90))
+    archive = zipped(tmp_path / "p.zip", {path.name: path.read_bytes() for path in paths})
+    zip_, folder = config(archive, workers=3), config(tmp_path / "p", cache=str(tmp_path / "other"))
+    assert torch.equal(dcgan.load_pictures(zip_), dcgan.load_pictures(folder))
+
+
 def test_a_half_built_cache_of_a_killed_build_is_built_again(tmp_path, config, monkeypatch):
     make_pictures(tmp_path / "p", 70)
     c, decode, count = config(tmp_path / "p"), dcgan.decode, [0]
