@@ -11,7 +11,7 @@
     python dcgan.py info                              device, versions, kernels
 
 Two networks play a game [1].  G turns noise z into a picture; D tells real pictures x from those of G.  D(x) is
-how probable D thinks it that x is real.  D maximises log D(x) + log(1 - D(G(z))), G maximises log D(G(z)).
+the probability that D gives to x being real.  D maximises log D(x) + log(1 - D(G(z))), G maximises log D(G(z)).
 
 Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
 `logits` are D before its sigmoid.  Read from top to bottom: nothing refers to anything further down.
@@ -90,7 +90,7 @@ PRESETS = {
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
-    "best": dict(  # ours: the networks of classic, and what benchmarks/quality.py found to help on faces
+    "best": dict(  # ours: the networks of classic, and what a search on faces found to help
         batch_size=16, beta2=0.99, spectral_norm=True, flips=True, ema=0.998,
     ),
     "demo": dict(  # ours: small, for the drawn faces
@@ -110,7 +110,7 @@ def opt(default, help, group=None, alias=(), choices=None):
 class Config:
     """Every option there is: these defaults < preset < command line."""
 
-    preset: str = opt("classic", "which system", "pictures", choices=list(PRESETS))
+    preset: str = opt("classic", "which system; none: as --data suggests", "pictures", choices=list(PRESETS))
     data: str = opt("", "folder, .zip or MNIST idx files; none: drawn faces", alias=["--dataroot"])
     image_size: int = opt(64, "height and width, pixels", alias=["--imageSize"])
     nc: int = opt(3, "channels: 3 colour, 1 grey", choices=[1, 3])
@@ -139,7 +139,7 @@ class Config:
     beta1: float = opt(0.5, "Adam: decay of the mean gradient")
     beta2: float = opt(0.999, "Adam: decay of the mean squared gradient")
     adam_eps: float = opt(1e-8, "Adam: added to its root")
-    weight_decay: float = opt(0.0, "share of a weight lost a step, times the learning rate")
+    weight_decay: float = opt(0.0, "of AdamW; with adam it is L2")
     ema: float = opt(0.0, "decay a step of the mean of G that draws; 0: off [8]")
     batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"])
     samples: int = opt(64, "pictures in a grid")
@@ -147,7 +147,7 @@ class Config:
     run: str = opt("", "its folder (runs/<preset>-<data>)", "the run; --resume may change these", ["--outf"])
     resume: bool = opt(False, "go on from checkpoint.pt in --run")
     epochs: int = opt(20, "passes over the pictures, in all", alias=["--niter"])
-    steps: int = opt(0, "updates of G, in all; stands above --epochs")
+    steps: int = opt(0, "updates of G, in all; instead of --epochs")
     time_limit: str = opt("", "save and stop after 90s, 30m, 2h")
     sample_every: int = opt(100, "steps between grids; more often at first")
     report_every: int = opt(10, "steps between lines of log.jsonl")
@@ -159,9 +159,9 @@ class Config:
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
     graph: bool = opt(False, "CUDA: replay each step as one graph of kernels")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
-    workers: int = opt(-1, "processes that decode pictures; -1: one a core")
+    workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on")
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
-    max_bad: float = opt(0.01, "share of unreadable pictures that stops the start")
+    max_bad: float = opt(0.01, "more unreadable pictures than this share stop the start")
     download: str = opt("", "fetch into --data with torchvision", choices=["", "celeba", "mnist"])
 
 
@@ -341,7 +341,7 @@ def decode(picture, c):
         picture.draft(mode, (c.image_size, c.image_size))
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
-        x = np.asarray(picture, np.float64)
+        x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
         high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1
         picture = Image.fromarray((x * (255 / max(x.max(), high))).clip(0, 255).astype(np.uint8))
     elif picture.has_transparency_data:  # over white, as a page would show it
@@ -409,15 +409,16 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            with warnings.catch_warnings(), self.open(self.names[i]) as picture:
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
-                return fit_picture(decode(picture, self.c), self.c)
+                with self.open(self.names[i]) as picture:
+                    return fit_picture(decode(picture, self.c), self.c)
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
             return f"{self.names[i]}: {type(e).__name__}: {' '.join(str(e).split())}"
 
 
 def decode_all(pictures, c, array, index):
-    """Decode in parallel into the file `array`, (n, nc, H, W) uint8 in the order of names; then say so in `index`."""
+    """Decode in parallel into the file `array`, (n, nc, H, W) uint8 in the order of names; then write `index`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     loader = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=list)
@@ -532,7 +533,7 @@ def fused_ops():
             module = importlib.import_module(name)
             if hasattr(module, "bn_leaky_relu"):  # not some other csrc
                 return module
-    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused out")
+    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused, --graph out")
 
 
 def choose_ops(fused, device):
@@ -713,7 +714,7 @@ def to_device(x, device):
 
 
 def draw_inputs(c, pictures, step, device):
-    """-> real (n, nc, H, W), z (2, n, nz), noise (3, n, nc, H, W) or zeros (3, 1): what a step needs from outside.
+    """-> real (n, nc, H, W), z (2, n, nz), noise (3, n, nc, H, W) or zeros: what a step needs from outside.
 
     It follows from (seed, step), so there is no state to save; it is drawn for the whole batch and cut to this
     process's n = batch_size / WORLD, so that many processes see what one would."""
@@ -725,7 +726,7 @@ def draw_inputs(c, pictures, step, device):
     if c.flips:
         pixels = torch.where(torch.rand(size, 1, 1, 1, device=device)[here] < 0.5, pixels.flip(-1), pixels)
     real = to_range(pixels.contiguous(memory_format=torch.channels_last), c)
-    noise = torch.zeros(3, 1, device=device)
+    noise = torch.zeros(3, 1, 1, 1, 1, device=device)
     if c.noise and step < c.noise_steps:
         std = c.noise * (1 - step / c.noise_steps)
         noise = std * torch.randn(3, size, *real.shape[1:], device=device)[:, here]
@@ -895,6 +896,8 @@ def numbered(folder, pattern):
 def save_growth(folder, most=48):
     """samples.gif: how the grids of a run grew, evenly chosen, the last one always among them."""
     files = [path for _, path in numbered(folder, "samples/step_*.png")]
+    if not files:
+        return
     chosen = sorted({round(i * (len(files) - 1) / (most - 1)) for i in range(most)})
     save_gif([Image.open(files[i]) for i in chosen], folder / "samples.gif", 150)
 
@@ -958,7 +961,8 @@ def tune(c, device):
 
 
 class Stop:
-    """with Stop(limit) as stop: whether to stop, after SIGTERM, Ctrl-C (a second leaves at once) or the time limit."""
+    """with Stop(limit) as stop: stop.now() tells whether to end, after SIGTERM, Ctrl-C (a second leaves at once) or
+    the time limit."""
 
     def __init__(self, limit):
         if limit and not re.fullmatch(r"\d+(\.\d+)?[smh]", limit):
@@ -1019,7 +1023,7 @@ def set_up(c, given=frozenset()):
     device = choose_device(c.device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    c.run = c.run or f"runs/{c.preset}-{Path(c.data).stem if c.data else 'drawn'}"
+    c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
@@ -1031,6 +1035,8 @@ def set_up(c, given=frozenset()):
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple")
+    if c.graph and (device.type != "cuda" or WORLD > 1):
+        raise UserError(f"--graph needs one process on CUDA; this is {WORLD} on {device}: leave it out")
     tune(c, device)
     ops = choose_ops(c.fused, device)
     say(f"run         {c.run}, preset {c.preset}, {'goes on' if saved else 'begins'}")
@@ -1072,11 +1078,9 @@ def choose_step(run):
     """-> step(real, z, noise, ema_weight) as train_step: as it stands, compiled, and on CUDA as one graph."""
     c, nets = run.c, (run.G, run.D)
     if c.compile:
-        nets = (torch.compile(run.G), torch.compile(run.D))  # other names for the same weights
+        nets = [torch.compile(net, dynamic=False) for net in nets]  # other names for the same weights
     step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
     if c.graph:
-        if run.device.type != "cuda" or WORLD > 1:
-            raise UserError(f"--graph needs one process on CUDA; this is {WORLD} on {run.device}: leave it out")
         inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
         step = fused_ops().graphed(step, inputs, run.stateful.values())
     return step
@@ -1172,7 +1176,7 @@ def sample(run):
 
 
 def end_epoch(run, epoch):
-    """The line of means; a snapshot of G, so that no collapse takes the last good one; the growing GIF."""
+    """The line of means; a snapshot of G, so that no collapse takes the last good one."""
     means, _, _ = take(run.sums[1])
     epochs = math.ceil(run.total * run.c.batch_size / len(run.pictures))
     say(f"Epoch [{epoch}/{epochs}] | D Loss: {means['loss_d']:.4f} | G Loss: {means['loss_g']:.4f}")
@@ -1180,12 +1184,14 @@ def end_epoch(run, epoch):
         save_generator(run, run.folder / f"snapshots/generator_{run.step:06d}.pt")
         for _, old in numbered(run.folder, "snapshots/generator_*.pt")[: -run.c.keep]:
             old.unlink()
-        save_growth(run.folder)
 
 
-def train(c, given=frozenset()):
-    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
-    stop = Stop(c.time_limit)
+def train(c, given=None):
+    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.  `given` names
+    what a resumed run is to change; None: all in which c is not its preset."""
+    preset, stop = config(c.preset), Stop(c.time_limit)
+    if given is None:
+        given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
     run = set_up(c, given)
     step, c, n, code = choose_step(run), run.c, len(run.pictures), None
     if RANK == 0:
@@ -1312,7 +1318,7 @@ def read_options(argv):
         if f.type is not bool:
             metavar = "|".join(map(str, m["choices"] or [f.type.__name__.upper()]))
             kind = {"type": f.type, "choices": m["choices"], "metavar": metavar}
-        default = f" ({f.default})" if f.default not in ("", False, -1) else ""
+        default = f" ({f.default})" if f.default not in ("", False, -1, "classic") else ""
         names = ["--" + f.name.replace("_", "-"), *m["alias"]]  # and the spellings of pytorch/examples
         group.add_argument(*names, dest=f.name, help=m["help"] + default, **kind)
     p.add_argument("--lr", type=float, help=argparse.SUPPRESS)

@@ -18,8 +18,8 @@ def graphed(step, inputs, parts):
         step: takes CUDA tensors, returns one; may change networks and optimisers in place.
         inputs: tensors of the shapes and dtypes of every later call.
         parts: the networks and optimisers that `step` changes.  Warm-up and capture train them a few steps, so
-            every parameter, buffer and optimiser state is put back; state that was born there begins with zeros, as
-            Adam's does.  Random states move on: seed before the next step.
+            every parameter, buffer and optimiser state is put back; state created there is reset to zero, where
+            Adam's begins.  Random states move on: seed before the next step.
 
     Raises: RuntimeError from CUDA, if something in `step` cannot be captured.
     Source: pytorch.org/docs/stable/notes/cuda.html, whole-network capture.

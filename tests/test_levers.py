@@ -114,6 +114,16 @@ def test_a_graph_trains_as_the_plain_step_and_its_capture_changes_nothing(preset
     assert not differing(everything(plain), everything(other))
 
 
+def test_the_shapes_of_a_step_are_one_shape_or_broadcast_to_it_when_the_noise_ends(tiny):
+    """What a graph has captured must take what comes later."""
+    c = tiny("classic", noise=0.1, noise_steps=2)
+    pictures = dcgan.load_pictures(c)
+    first, later = (dcgan.draw_inputs(c, pictures, step, torch.device("cpu")) for step in (0, 5))
+    for x, y in zip(first, later, strict=True):
+        x.copy_(y)
+    assert first[2].any() == 0 and first[2].shape[0] == 3
+
+
 def test_a_graph_without_cuda_is_refused_in_one_line(arguments_of, run_main):
     done = run_main(*arguments_of("--graph"))
     assert done.code == 2 and "--graph needs one process on CUDA" in done.err and done.err.count("\n") == 1

@@ -152,7 +152,15 @@ def test_the_noise_falls_over_the_length_that_the_run_had_at_its_start(arguments
     noises, plain = [], dcgan.draw_inputs
     monkeypatch.setattr(dcgan, "draw_inputs", lambda *a: noises.append(plain(*a)[2]) or plain(*a))
     assert dcgan.main(["--run", str(tmp_path), "--resume", "--steps", "6"]) == 0
-    assert [noise.tolist() for noise in noises] == [[[0.0]] * 3] * 2
+    assert [noise.flatten().tolist() for noise in noises] == [[0.0] * 3] * 2
+
+
+def test_from_python_a_resumed_run_takes_what_its_config_sets(arguments, tmp_path):
+    assert dcgan.main(arguments(tmp_path, "--steps 2")) == 0
+    assert dcgan.train(dcgan.config("demo", run=str(tmp_path), resume=True, steps=4)) == 0
+    assert saved(tmp_path / "checkpoint.pt")["step"] == 4
+    with pytest.raises(dcgan.UserError, match="seed"):
+        dcgan.train(dcgan.config("demo", run=str(tmp_path), resume=True, seed=9))
 
 
 def test_a_time_limit_stops_it_and_resume_goes_on(arguments, whole, tmp_path, monkeypatch, capsys):
