@@ -251,7 +251,8 @@ def written_whole(path):
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; what stood there before is intact") from None
     finally:
-        half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone already, if all went well
+            half.unlink()
 
 
 # ---------------------------------------------------------------------------------------- data
