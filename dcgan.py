@@ -1117,11 +1117,11 @@ def open_folder(run):
         file.write("".join(json.dumps(row) + "\n" for row in run.rows).encode())
     with written_whole(folder / "config.json") as file:
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
-    first = batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples).to(run.pictures.device)
-    save_picture(grid(run.pictures[first].cpu()), folder / "samples" / "real.png")
+    real = run.pictures[batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples).to(run.pictures.device)].cpu()
+    save_picture(grid(real), folder / "samples" / "real.png")
+    run.variety = max(1.0, variety(real))  # what warn compares with
     if run.step:  # a kill may have come between checkpoint.pt and this
         save_generator(run, folder / "generator.pt")
-    run.spread = max(1e-3, run.pictures[:1000].float().std(0, correction=0).mean().item())  # of pixels, over pictures
 
 
 def take(sums):
@@ -1152,17 +1152,25 @@ def report(run, bar, seconds):
             log.write(json.dumps(row) + "\n")
 
 
+def variety(x):
+    """Pictures (n, nc, H, W) -> the median distance from one to that most like it: near 0 where all are of few kinds."""
+    x = x.flatten(1).float()
+    return torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item()
+
+
 def warn(run, x):
     """Say, while it happens, what the numbers and the fixed pictures x tell of a game that has gone wrong."""
-    last, spread = run.rows[-20:], x.float().std(0).mean().item() / run.spread
-    ranges = [max(row[name] for row in last) - min(row[name] for row in last) for name in ("loss_d", "loss_g")]
-    if spread < 0.1:
-        say(f"step {run.step}: G has collapsed: its pictures differ {spread:.0%} as much as real ones. Go back to a "
-            "snapshot; try --lr-d above --lr-g, --spectral-norm or a larger --batch-size")  # fmt: skip
-    if len(last) == 20 and max(row["loss_d"] for row in last) < 0.05:
-        say(f"step {run.step}: D has won: its loss is near 0 for long, and G learns nothing from it. Try a lower "
-            "--lr-d, --real-label 0.9, --noise 0.1 or --dropout2d 0.25")  # fmt: skip
-    if len(last) == 20 and max(ranges) < 1e-3:
+    last, share = run.rows[-20:], variety(x) / run.variety
+    if len(last) < 20:
+        return
+    losses = {name: sorted(row[name] for row in last) for name in ("loss_d", "loss_g")}
+    if share < 1 / 3:
+        say(f"step {run.step}: G has collapsed, or is very young: the pictures most alike differ {share:.0%} as much as "
+            "real ones. Go back to a snapshot; try a lower --lr-g, --spectral-norm or a larger --batch-size")  # fmt: skip
+    if losses["loss_d"][10] < 0.2:  # the median
+        say(f"step {run.step}: D has won: its loss is near 0 for long, and G learns little from it. Try a lower "
+            "--lr-d, --spectral-norm, --real-label 0.9, --noise 0.1 or --dropout2d 0.25")  # fmt: skip
+    if all(values[-1] - values[0] < 1e-3 for values in losses.values()):
         say(f"step {run.step}: the losses are flat: neither network learns. Try another --lr or --init")
 
 
@@ -1172,8 +1180,7 @@ def sample(run):
     save_picture(grid(x), run.folder / "samples" / f"step_{run.step:06d}.png")
     if run.rows:
         save_curves(run.rows, run.folder / "losses.png")
-        if run.step >= run.c.sample_every and len(x) > 1:
-            warn(run, x)
+        warn(run, x)
 
 
 def end_epoch(run, epoch):
