@@ -1153,7 +1153,7 @@ def report(run, bar, seconds):
 
 
 def variety(x):
-    """Pictures (n, nc, H, W) -> the median distance from one to that most like it: near 0 where all are of few kinds."""
+    """Pictures (n, nc, H, W) -> the median distance from one to that most like it; near 0: they are of few kinds."""
     x = x.flatten(1).float()
     return torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item()
 
@@ -1165,8 +1165,8 @@ def warn(run, x):
         return
     losses = {name: sorted(row[name] for row in last) for name in ("loss_d", "loss_g")}
     if share < 1 / 3:
-        say(f"step {run.step}: G has collapsed, or is very young: the pictures most alike differ {share:.0%} as much as "
-            "real ones. Go back to a snapshot; try a lower --lr-g, --spectral-norm or a larger --batch-size")  # fmt: skip
+        say(f"step {run.step}: G has collapsed, or is very young: its pictures most alike differ {share:.0%} as much "
+            "as real ones. Go back to a snapshot; try a lower --lr-g or a larger --batch-size")  # fmt: skip
     if losses["loss_d"][10] < 0.2:  # the median
         say(f"step {run.step}: D has won: its loss is near 0 for long, and G learns little from it. Try a lower "
             "--lr-d, --spectral-norm, --real-label 0.9, --noise 0.1 or --dropout2d 0.25")  # fmt: skip
