@@ -45,8 +45,16 @@ PROTOCOL = dict(features="torch-fidelity inception-v3-compat 2048", resize="TF 1
 FEW = 1000  # pictures whose nearest neighbours are looked for
 COPIED = "--optimizer adam --weight-decay 0 --lr 2e-4 --beta1 0.5 --beta2 0.999 --no-flips --ema 0.999"
 FACES = {  # the table: name -> preset, options; every row sees as many pictures
-    "copied recipe": ("classic", COPIED),  # pytorch/examples; scored as it is, and with an EMA of G beside it
-    **{name: (name, "") for name in ("classic", "regularized", "keras", "best") if name in dcgan.PRESETS},
+    "copied recipe": ("classic", COPIED),  # pytorch/examples
+    **{name: (name, "") for name in ("classic", "regularized", "keras", "best")},
+    # what each ingredient of best is worth, and what may not matter; that of EMA: best is scored with and without
+    "best without spectral norm": ("best", "--no-spectral-norm"),
+    "best without flips": ("best", "--no-flips"),
+    "best at batch 64": ("best", "--batch-size 64"),
+    "best at lr 2e-4": ("best", "--lr 2e-4"),
+    "best at beta2 0.999": ("best", "--beta2 0.999"),
+    "best in fp32": ("best", "--precision fp32"),
+    "best with fused kernels": ("best", "--fused"),
 }
 
 
@@ -347,20 +355,22 @@ def table(results):
 
 def train_and_score_all(args):
     """Train every row of the table with each seed, unless its run is there already, and score it."""
-    runs = [(name, *row, args.faces, seed) for name, row in FACES.items() for seed in range(args.seeds)]
-    runs += [("mnist", "mnist", "", args.mnist, seed) for seed in range(args.seeds)] if args.mnist else []
-    for name, preset, options, data, seed in runs:
-        c = dcgan.config(preset)
-        length = f"--steps {args.pictures // c.batch_size}" if preset != "mnist" else f"--epochs {c.epochs}"
-        folder = ROOT / "runs" / f"quality_{name.replace(' ', '_').replace(',', '')}_{seed}"
-        words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
-        words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
-        subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache], check=True)  # noqa: S603
-        words = ["score", folder, "--reals", data, "--weights", args.weights, "--cache", args.cache]
-        words = [*map(str, words), "--fakes", str(args.fakes), "--precision", args.precision]
-        main([*words, "--name", f"{name} seed {seed}"])
-        if "--ema" in options:
-            main([*words, "--name", f"{name} without EMA seed {seed}", "--raw"])
+    rows = {**FACES, "mnist": ("mnist", "")}
+    for name in args.rows or rows:
+        preset, options = rows[name]
+        data = args.mnist if preset == "mnist" else args.faces
+        for seed in args.seeds if data else []:
+            c = dcgan.config(preset, **dcgan.read_options(options.split()))
+            length = f"--steps {args.pictures // c.batch_size}" if preset != "mnist" else f"--epochs {c.epochs}"
+            folder = ROOT / "runs" / f"quality_{name.replace(' ', '_').replace(',', '')}_{seed}"
+            words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
+            words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
+            subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache], check=True)  # noqa: S603
+            words = ["score", folder, "--reals", data, "--weights", args.weights, "--cache", args.cache]
+            words = [*map(str, words), "--fakes", str(args.fakes), "--precision", args.precision, "--note", args.note]
+            main([*words, "--name", f"{name} seed {seed}"])
+            if name in ("copied recipe", "best"):
+                main([*words, "--name", f"{name} without EMA seed {seed}", "--raw"])
     main(["table"])
 
 
@@ -372,14 +382,16 @@ def main(argv=None):
     a.add_argument("--reals", type=Path, required=True, help="the pictures to be like: a folder, .zip or idx files")
     a.add_argument("--name", default="", help="of its row; 'NAME seed N' makes one row of several seeds (the folder's)")
     a.add_argument("--raw", action="store_true", help="score G itself where the run has an EMA")
-    a.add_argument("--note", default="", help="a word on the circumstances, kept with the name of the machine")
     a.add_argument("--device", default="auto", help="cuda, cpu")
     b = commands.add_parser("all", help="train and score every row")
     b.add_argument("--faces", type=Path, required=True, help="the folder or .zip of faces")
     b.add_argument("--mnist", type=Path, help="the folder of MNIST's idx files")
     b.add_argument("--pictures", type=int, default=2_000_000, help="that each row of faces sees (2,000,000)")
-    b.add_argument("--seeds", type=int, default=2, help="runs of each row (2)")
+    b.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the runs of each row (0 1)")
+    names = [*FACES, "mnist"]
+    b.add_argument("--rows", nargs="+", metavar="ROW", choices=names, help=f"{', '.join(names)} (all of these)")
     for q in (a, b):
+        q.add_argument("--note", default="", help="a word on the circumstances, kept with the name of the machine")
         q.add_argument("--weights", type=Path, required=q is b, help="the FID Inception; none: only the digits")
         q.add_argument("--fakes", type=int, default=10_000, help="pictures to draw (10,000)")
         q.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the features; bf16: for CPUs")
