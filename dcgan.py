@@ -328,7 +328,7 @@ def list_files(root):
             continue
         seen.add(os.path.realpath(folder))
         paths = [os.path.join(folder, name) for name in names]
-        found += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]
+        found += [path[len(os.path.join(root, "")) :] for path in paths if os.path.isfile(path)]
     return sorted(found)
 
 
@@ -340,7 +340,7 @@ def decode(picture, c):
         raise ValueError(f"{picture.width} x {picture.height} pixels; {MAX_PIXELS:,} are allowed")
     if picture.format == "JPEG":  # comes at 1/2, 1/4 or 1/8 where that is still large enough: twice as fast
         picture.draft(mode, (c.image_size, c.image_size))
-    picture = ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
         x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
         high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1
@@ -348,18 +348,17 @@ def decode(picture, c):
     elif picture.has_transparency_data:  # over white, as a page would show it
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def fit_picture(picture, c):
-    """A Pillow picture -> (nc, image_size, image_size) uint8 array: squashed, or the largest square at its centre."""
+    """A Pillow picture -> the same in image_size x image_size: squashed, or the largest square at its centre."""
     how = functools.partial(ImageOps.fit, picture) if c.fit == "crop" else picture.resize
-    fitted = how((c.image_size, c.image_size), Image.Resampling.BILINEAR)  # antialiased
-    return np.asarray(fitted).reshape(c.image_size, c.image_size, c.nc).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    return how((c.image_size, c.image_size), Image.Resampling.BILINEAR)  # antialiased
 
 
 class Pictures(torch.utils.data.Dataset):
-    """What --data points at: [i] -> (nc, H, W) uint8 array, or the words why not.  Raises UserError where there is
+    """What --data points at: [i] -> the bytes of (H, W, nc), or the words why not.  Raises UserError where there is
     nothing.  `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
 
     def __init__(self, c):
@@ -369,9 +368,9 @@ class Pictures(torch.utils.data.Dataset):
             if not self.root.exists():
                 raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
             self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
-            files = [self.root / name for name in self.names] if self.kind == "folder" else [self.root]
-            facts = [(str(file), (info := file.stat()).st_size, info.st_mtime_ns) for file in files]
-        self.key = f"{key(FORMAT, self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
+            files = [os.path.join(self.root, name) for name in self.names] if self.kind == "folder" else [self.root]
+            facts = [(str(file), (info := os.stat(file)).st_size, info.st_mtime_ns) for file in files]
+        self.key = f"{key(FORMAT, 'NHWC', self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
 
     @functools.cached_property
     def source(self):  # of a zip each process opens its own: forked ones would share one position in the file
@@ -399,7 +398,7 @@ class Pictures(torch.utils.data.Dataset):
         if self.kind == "idx":
             return Image.fromarray(self.source[name])
         if self.kind == "folder":
-            return Image.open(self.root / name, formats=FORMATS)
+            return Image.open(os.path.join(self.root, name), formats=FORMATS)
         size = self.source.getinfo(name).file_size
         if size > 3 * MAX_PIXELS:
             raise ValueError(f"{size:,} bytes; {3 * MAX_PIXELS:,} are allowed")
@@ -413,24 +412,24 @@ class Pictures(torch.utils.data.Dataset):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
                 with self.open(self.names[i]) as picture:
-                    return fit_picture(decode(picture, self.c), self.c)
+                    return fit_picture(decode(picture, self.c), self.c).tobytes()
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
             return f"{self.names[i]}: {type(e).__name__}: {' '.join(str(e).split())}"
 
 
 def decode_all(pictures, c, array, index):
-    """Decode in parallel into the file `array`, (n, nc, H, W) uint8 in the order of names; then write `index`."""
+    """Decode in parallel into the file `array`, (n, H, W, nc) uint8 in the order of names; then write `index`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
-    loader = torch.utils.data.DataLoader(pictures, 16, num_workers=workers, collate_fn=list)
+    loader = torch.utils.data.DataLoader(pictures, 32, num_workers=workers, collate_fn=list)
     left_out = []
     with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
         for batch in loader:
             left_out += [x for x in batch if isinstance(x, str)]
-            file.write(b"".join(x.tobytes() for x in batch if not isinstance(x, str)))
+            file.write(b"".join(x for x in batch if isinstance(x, bytes)))
             bar.update(len(batch))
     with written_whole(index) as file:
-        shape = [len(pictures) - len(left_out), c.nc, c.image_size, c.image_size]
+        shape = [len(pictures) - len(left_out), c.image_size, c.image_size, c.nc]
         file.write(json.dumps({"shape": shape, "left_out": left_out}, indent=1).encode())
 
 
@@ -442,7 +441,7 @@ def read_index(array, index):
 
 
 def load_pictures(c):
-    """-> (n, nc, H, W) uint8, mapped from the cache, which is made first if these pictures are not in it.
+    """-> (n, nc, H, W) uint8, channels last, mapped from the cache, which is made first if it has not these pictures.
     Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
@@ -463,7 +462,7 @@ def load_pictures(c):
     say(f"pictures    {shape[0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
         say(f"            {len(bad)} are left out, all named in {index}; such as", *bad[:5])
-    return torch.from_file(str(array), size=size, dtype=torch.uint8).view(shape)
+    return torch.from_file(str(array), size=size, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=2)
