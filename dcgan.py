@@ -44,7 +44,6 @@ import os
 import random
 import re
 import signal
-import struct
 import sys
 import time
 import types
@@ -100,10 +99,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def opt(default, help, group=None, alias=(), choices=None):
-    """A field of Config that is an option of the command line too; `group` begins a new group."""
-    meta = {"help": help, "group": group, "alias": alias, "choices": choices}
-    return dataclasses.field(default=default, metadata=meta)
+def opt(default, help, group=None, alias=(), choices=None, low=0, high=math.inf):
+    """A field of Config that is an option of the command line too.  `group` begins a new group; a number can be from
+    `low` to `high`, both allowed."""
+    about = dict(help=help, group=group, alias=alias, choices=choices, low=low, high=high)
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
@@ -117,62 +117,56 @@ class Config:
     fit: str = opt("crop", "resize and cut the centre, or squash", choices=["crop", "squash"])
     flips: bool = opt(False, "mirror half of the real pictures")
     family: str = opt("dcgan", "shape of the networks", "networks", choices=["dcgan", "keras", "mnist"])
-    nz: int = opt(100, "length of the latent vector z")
-    ngf: int = opt(64, "width of G, channels")
-    ndf: int = opt(64, "width of D, channels")
+    nz: int = opt(100, "length of the latent vector z", low=1)
+    ngf: int = opt(64, "width of G, channels", low=1)
+    ndf: int = opt(64, "width of D, channels", low=1)
     init: str = opt("dcgan", "first weights", choices=["dcgan", "normal", "keras"])
     slope: float = opt(0.2, "of LeakyReLU below 0")
     bn_eps: float = opt(1e-5, "BatchNorm: added to the variance")
-    bn_momentum: float = opt(0.1, "BatchNorm: share of a batch in the running statistics")
+    bn_momentum: float = opt(0.1, "BatchNorm: share of a batch in the running statistics", high=1)
     spectral_norm: bool = opt(False, "divide D's weights by their spectral norm [3]")
-    dropout: float = opt(0.0, "in D, share of the features")
-    dropout2d: float = opt(0.0, "in D, share of the channels")
+    dropout: float = opt(0.0, "in D, share of the features", high=1)
+    dropout2d: float = opt(0.0, "in D, share of the channels", high=1)
     update: str = opt("reuse", "G learns from D's fakes, fresh ones, or at once with D", "the game",
                       choices=["reuse", "fresh", "simultaneous"])  # fmt: skip
     loss: str = opt("sum", "of D's real and fake halves", choices=["sum", "mean"])
-    real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]")
+    real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]", high=1)
     noise: float = opt(0.0, "std of noise on D's input, falling linearly to 0 [6]")
     noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start")
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both")
     lr_d: float = opt(5e-4, "learning rate of D [7]")
-    beta1: float = opt(0.5, "Adam: decay of the mean gradient")
-    beta2: float = opt(0.999, "Adam: decay of the mean squared gradient")
+    beta1: float = opt(0.5, "Adam: decay of the mean gradient", high=1 - 1e-9)
+    beta2: float = opt(0.999, "Adam: decay of the mean squared gradient", high=1 - 1e-9)
     adam_eps: float = opt(1e-8, "Adam: added to its root")
     weight_decay: float = opt(0.0, "of AdamW; with adam it is L2")
-    ema: float = opt(0.0, "decay a step of the mean of G that draws; 0: off [8]")
-    batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"])
-    samples: int = opt(64, "pictures in a grid")
+    ema: float = opt(0.0, "decay a step of the mean of G that draws; 0: off [8]", high=1 - 1e-9)
+    batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"], low=1)
+    samples: int = opt(64, "pictures in a grid", low=1)
     seed: int = opt(0, "all randomness follows from it", alias=["--manualSeed"])
     run: str = opt("", "its folder (runs/<preset>-<data>)", "the run; --resume may change these", ["--outf"])
     resume: bool = opt(False, "go on from checkpoint.pt in --run")
-    epochs: int = opt(20, "passes over the pictures, in all", alias=["--niter"])
+    epochs: int = opt(20, "passes over the pictures, in all", alias=["--niter"], low=1)
     steps: int = opt(0, "updates of G, in all; instead of --epochs")
     time_limit: str = opt("", "save and stop after 90s, 30m, 2h")
-    sample_every: int = opt(100, "steps between grids; more often at first")
-    report_every: int = opt(10, "steps between lines of log.jsonl")
+    sample_every: int = opt(100, "steps between grids; more often at first", low=1)
+    report_every: int = opt(10, "steps between lines of log.jsonl", low=1)
     save_every: int = opt(0, "steps between checkpoints; 0: two minutes")
-    keep: int = opt(5, "snapshots of G to keep; there is one an epoch")
+    keep: int = opt(5, "snapshots of G to keep; there is one an epoch", low=1)
     device: str = opt("auto", "cuda, mps, cpu, cuda:1")
     precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16"])
     fused: bool = opt(False, "use the fused kernels of csrc/")
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
     graph: bool = opt(False, "CUDA: replay each step as one graph of kernels")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
-    workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on")
+    workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on", low=-1)
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
-    max_bad: float = opt(0.01, "more unreadable pictures than this share stop the start")
+    max_bad: float = opt(0.01, "more unreadable pictures than this share stop the start", high=1)
     download: str = opt("", "fetch into --data with torchvision", choices=["", "celeba", "mnist"])
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # by --resume: how long, how often, where
-LIMITS = {  # lowest and highest, both allowed
-    "nz ngf ndf batch_size samples sample_every report_every keep epochs": (1, math.inf),
-    "dropout dropout2d real_label max_bad bn_momentum": (0, 1),
-    "beta1 beta2 ema": (0, 1 - 1e-9),
-    "lr_g lr_d adam_eps weight_decay bn_eps slope noise noise_steps steps save_every": (0, math.inf),
-}
 
 
 def config(preset="classic", **overrides):
@@ -181,15 +175,15 @@ def config(preset="classic", **overrides):
         raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
     c = Config(**{**PRESETS.get(preset, {}), **overrides, "preset": preset})
     for f in FIELDS.values():
-        value, choices = getattr(c, f.name), f.metadata["choices"]
+        value, m = getattr(c, f.name), f.metadata
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             raise UserError(f"{f.name} is {value!r}; it must be of type {f.type.__name__}")
-        if choices and value not in choices:
-            raise UserError(f"{f.name} cannot be {value!r}; it can be {', '.join(map(str, choices))}")
-    for names, (low, high) in LIMITS.items():
-        for name in names.split():
-            if not low <= getattr(c, name) <= high:
-                raise UserError(f"{name} is {getattr(c, name)}; it can be from {low} to {high}")
+        if m["choices"] and value not in m["choices"]:
+            raise UserError(f"{f.name} cannot be {value!r}; it can be {', '.join(map(str, m['choices']))}")
+        if f.type in (int, float) and not m["low"] <= value <= m["high"]:
+            raise UserError(f"{f.name} is {value}; it can be from {m['low']} to {m['high']}")
+    if not re.fullmatch(r"(\d+(\.\d+)?[smh])?", c.time_limit):
+        raise UserError(f"time_limit is {c.time_limit!r}; write 90s, 30m or 2h")
     halvings(c)  # raises where the networks cannot have this image_size
     return c
 
@@ -197,13 +191,10 @@ def config(preset="classic", **overrides):
 def halvings(c):
     """-> (n, base), image_size = base * 2^n: what G begins from and D ends at, at least the family's own."""
     smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]
-    n, base = 0, c.image_size
-    while base % 2 == 0 and base >= 2 * smallest:
-        n, base = n + 1, base // 2
-    if n == 0 or base >= 2 * smallest:
-        sizes = sorted(b << k for b in range(smallest, 2 * smallest) for k in range(1, 7) if b << k <= 256)
+    sizes = {base << n: (n, base) for n in range(1, 9) for base in range(smallest, 2 * smallest)}
+    if c.image_size not in sizes:
         raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
-    return n, base
+    return sizes[c.image_size]
 
 
 # ---------------------------------------------------------------------------------------- small tools
@@ -259,7 +250,6 @@ def written_whole(path):
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, some by running other programs
-MAX_PIXELS = 100_000_000  # a picture that claims more is left out before it is decoded
 DRAWN = 8192  # faces in the built-in data set
 
 
@@ -310,9 +300,9 @@ def find_idx(path):
 
 def read_idx(path):
     """-> (n, H, W) uint8, the pictures of an idx file, plain or .gz.  Raises UserError if its header lies."""
-    with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError, struct.error):
+    with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            magic, n, h, w = struct.unpack(">IIII", file.read(16))
+            magic, n, h, w = np.frombuffer(file.read(16), ">u4").tolist()
             body = file.read(min(n * h * w, 1 << 32) + 1)
         if magic != 0x803 or not body or len(body) != n * h * w:
             raise ValueError(f"a header of {magic:#x} and {n} x {h} x {w} bytes; pictures have 0x803")
@@ -333,11 +323,8 @@ def list_files(root):
 
 
 def decode(picture, c):
-    """A Pillow picture as it was opened, of any mode -> the same in RGB, or grey where nc is 1, and upright.
-    Raises ValueError if its header claims too many pixels, and whatever its decoder raises."""
+    """A Pillow picture as it was opened, of any mode -> the same in RGB, or grey where nc is 1, and upright."""
     mode = "RGB" if c.nc == 3 else "L"
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} pixels; {MAX_PIXELS:,} are allowed")
     if picture.format == "JPEG":  # comes at 1/2, 1/4 or 1/8 where that is still large enough: twice as fast
         picture.draft(mode, (c.image_size, c.image_size))
     ImageOps.exif_transpose(picture, in_place=True)
@@ -399,9 +386,9 @@ class Pictures(torch.utils.data.Dataset):
             return Image.fromarray(self.source[name])
         if self.kind == "folder":
             return Image.open(os.path.join(self.root, name), formats=FORMATS)
-        size = self.source.getinfo(name).file_size
-        if size > 3 * MAX_PIXELS:
-            raise ValueError(f"{size:,} bytes; {3 * MAX_PIXELS:,} are allowed")
+        size, most = self.source.getinfo(name).file_size, 3 * Image.MAX_IMAGE_PIXELS
+        if size > most:
+            raise ValueError(f"{size:,} bytes; {most:,} are allowed")
         return Image.open(io.BytesIO(self.source.read(name)), formats=FORMATS)
 
     def __len__(self):
@@ -411,6 +398,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # decoders warn; what matters they raise
+                warnings.simplefilter("error", Image.DecompressionBombWarning)  # by Pillow, from the header alone
                 with self.open(self.names[i]) as picture:
                     return fit_picture(decode(picture, self.c), self.c).tobytes()
         except Exception as e:  # decoders raise anything at all: the picture is left out, counted and named
@@ -466,30 +454,30 @@ def load_pictures(c):
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key(seed, "epoch", epoch)))
+def permutation(n, seed, epoch, device):
+    generator = torch.Generator().manual_seed(key(seed, "epoch", epoch))
+    return torch.randperm(n, generator=generator).to(device)
 
 
-def batch_indices(n, seed, start, stop):
+def batch_indices(n, seed, start, stop, device="cpu"):
     """-> (stop - start,) int64: places start..stop of the endless stream of epochs, each a permutation of the n
     pictures that follows from (seed, epoch).  So every batch is full, and a position is all there is to save."""
     parts = []
     while start < stop:
         epoch, first = divmod(start, n)
-        parts.append(permutation(n, seed, epoch)[first : first + stop - start])
+        parts.append(permutation(n, seed, epoch, device)[first : first + stop - start])
         start += len(parts[-1])
     return torch.cat(parts)
 
 
 def download(name, root):
     """Fetch a data set with torchvision into the folder root -> what --data is to be."""
-    kaggle = "kaggle datasets download -d jessicali9530/celeba-dataset"
-    fetch, folder, by_hand = {
-        "mnist": (torchvision.datasets.MNIST, "mnist_dir", "put its four idx files there by hand"),
-        "celeba": (torchvision.datasets.CelebA, "celeb_dataset", "it needs pip install -e '.[download]'; if the quota "
-                   f"of its server is spent, run {kaggle}, and give the zip to --data as it is"),
-    }[name]  # fmt: skip
-    root = root or folder
+    if name == "mnist":
+        fetch, root, by_hand = torchvision.datasets.MNIST, root or "mnist_dir", "put its four idx files there by hand"
+    else:
+        fetch, root = torchvision.datasets.CelebA, root or "celeb_dataset"
+        by_hand = "it needs pip install -e '.[download]'; if the quota of its server is spent, give --data the zip of"
+        by_hand += " kaggle datasets download -d jessicali9530/celeba-dataset"
     with explained(f"--download {name} into {root} cannot be; {by_hand}", Exception):  # no network, gdown or quota
         fetch(root, download=True)
     return root
@@ -548,7 +536,7 @@ def choose_ops(fused, device):
 
 # ---------------------------------------------------------------------------------------- the networks
 # A network is a list of rows, a family a way to write them: (kind, channels out, kernel, stride, padding, bias,
-# BatchNorm, activation).
+# BatchNorm, activation).  A dense layer has one weight for each pixel that comes out, kernel x kernel of them.
 
 
 def rows_g(c):
@@ -559,10 +547,10 @@ def rows_g(c):
         middle = [("up", c.ngf << i, 4, 2, 1, False, True, "relu") for i in reversed(range(n - 1))]
         return [first, *middle, ("up", c.nc, 4, 2, 1, False, False, "tanh")]
     if c.family == "keras":  # wider as the picture grows
-        first = ("dense", c.ngf * base**2, 0, 0, 0, True, False, "none")
+        first = ("dense", c.ngf, base, 0, 0, True, False, "none")
         middle = [("up", c.ngf << i, 4, 2, 1, True, False, "leaky_relu") for i in range(n)]
         return [first, *middle, ("conv", c.nc, 5, 1, 2, True, False, "sigmoid")]
-    first = ("dense", 4 * c.ngf * base**2, 0, 0, 0, False, True, "leaky_relu")
+    first = ("dense", 4 * c.ngf, base, 0, 0, False, True, "leaky_relu")
     second = ("up", 2 * c.ngf, 5, 1, 2, False, True, "leaky_relu")
     middle = [("up", c.ngf, 5, 2, 2, False, True, "leaky_relu") for _ in range(n - 1)]
     return [first, second, *middle, ("up", c.nc, 5, 2, 2, False, False, "tanh")]
@@ -578,7 +566,7 @@ def rows_d(c):
         hidden = [("conv", c.ndf << min(i, 1), 4, 2, 1, True, False, "leaky_relu") for i in range(n)]
     else:
         hidden = [("conv", c.ndf << i, 5, 2, 2, True, False, "leaky_relu") for i in range(n)]
-    return [*hidden, ("dense", 1, 0, 0, 0, True, False, "none")]
+    return [*hidden, ("dense", 1, 1, 0, 0, True, False, "none")]
 
 
 class Block(nn.Module):
@@ -589,16 +577,16 @@ class Block(nn.Module):
         self.kind, out, k, s, p, bias, bn, self.activation = row
         self.ops, self.dropout, self.dropout2d = ops, dropout, dropout2d
         self.slope = {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
-        words = [self.kind + f" {k}x{k}, stride {s}" * (k > 0), "BatchNorm" * bn, self.activation]
+        words = [self.kind + f" {k}x{k}, stride {s}" * (s > 0), "BatchNorm" * bn, self.activation]
         self.label = ", ".join(word for word in words if word not in ("", "none"))
+        features = out * k * k if self.kind == "dense" else out
         if self.kind == "dense":
-            self.layer = nn.Linear(channels, out, bias)
+            self.layer, self.shape = nn.Linear(channels, features, bias), (out, k, k)
         elif self.kind == "conv":
             self.layer = nn.Conv2d(channels, out, k, s, p, bias=bias)
         else:  # output_padding: so that a stride of 2 doubles the picture exactly
             self.layer = nn.ConvTranspose2d(channels, out, k, s, p, max(0, s + 2 * p - k), bias=bias)
-        batch_norm = nn.BatchNorm1d if self.kind == "dense" else nn.BatchNorm2d
-        self.bn = batch_norm(out, c.bn_eps, c.bn_momentum) if bn else None
+        self.bn = nn.BatchNorm2d(features, c.bn_eps, c.bn_momentum) if bn else None  # its weights, not its forward
         # weights: normal(0, 0.02) [2], or Glorot's as Keras draws them [10]; BatchNorm's too, where init is dcgan
         nn.init.xavier_uniform_(self.layer.weight) if c.init == "keras" else nn.init.normal_(self.layer.weight, 0, 0.02)
         if bias:
@@ -623,6 +611,7 @@ class Block(nn.Module):
             x = F.leaky_relu(x, self.slope)
         elif self.activation != "none":  # what ends G, not in bf16
             x = getattr(torch, self.activation)(x.to(torch.promote_types(x.dtype, torch.float32)))
+        x = x.unflatten(1, self.shape) if self.kind == "dense" else x  # (N, C * k * k) -> (N, C, k, k)
         x = F.dropout(x, self.dropout, self.training)
         return F.dropout2d(x, self.dropout2d, self.training) if self.dropout2d else x
 
@@ -632,19 +621,13 @@ class Generator(nn.Module):
 
     def __init__(self, c, ops=PLAIN):
         super().__init__()
-        self.config, self.base, channels, blocks = c, halvings(c)[1], c.nz, []
+        self.config, self.blocks, channels = c, nn.Sequential(), c.nz
         for row in rows_g(c):
-            blocks.append(Block(row, channels, c, ops))
-            channels = row[1] // self.base**2 if row[0] == "dense" else row[1]
-        self.blocks = nn.ModuleList(blocks)
+            self.blocks.append(Block(row, channels, c, ops))
+            channels = row[1]
 
     def forward(self, z):
-        x = z[:, :, None, None] if self.config.family == "dcgan" else z  # (N, nz, 1, 1) or (N, nz)
-        for block in self.blocks:
-            x = block(x)
-            if block.kind == "dense":
-                x = x.view(len(x), -1, self.base, self.base)  # (N, C * base * base) -> (N, C, base, base)
-        return x
+        return self.blocks(z[:, :, None, None])  # z as a picture of 1 x 1: (N, nz, 1, 1)
 
 
 class Discriminator(nn.Module):
@@ -669,10 +652,11 @@ class Discriminator(nn.Module):
                 spectral_norm([weight], [block.u], [block.v], 1e-12, update=True)
 
     def forward(self, x, groups=1):
-        weights = [None] * len(self.blocks)
+        weights = [None] * len(self.blocks)  # each block's own
         if self.config.spectral_norm:
-            parts = [(b.layer.weight, b.u, b.v) for b in self.blocks]
-            weights = self.ops.spectral_norm(*map(list, zip(*parts, strict=True)), 1e-12, self.training)
+            weights = [block.layer.weight for block in self.blocks]
+            us, vs = [block.u for block in self.blocks], [block.v for block in self.blocks]
+            weights = self.ops.spectral_norm(weights, us, vs, 1e-12, self.training)
         for block, weight in zip(self.blocks, weights, strict=True):
             x = block(x, weight, groups)
         return x.flatten().to(torch.promote_types(x.dtype, torch.float32))
@@ -691,26 +675,16 @@ def to_pixels(x, c):
 def summary(net, x):
     """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
     lines = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"]
-
-    def note(block, _, y):
+    x = x[:, :, None, None] if x.dim() == 2 else x
+    for block in copy.deepcopy(net).eval().blocks:  # a copy: no statistic moves
+        with torch.no_grad():
+            x = block(x)
         n = sum(p.numel() for p in block.parameters())
-        lines.append(f"  {block.label:<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
-
-    net = copy.deepcopy(net).eval()  # a copy: no statistic moves, no hook stays
-    for block in net.blocks:
-        block.register_forward_hook(note)
-    with torch.no_grad():
-        net(x)
+        lines.append(f"  {block.label:<56} {'x'.join(map(str, x.shape[1:])):<12} {n:>12,}")
     return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
 # ---------------------------------------------------------------------------------------- the game
-
-
-def to_device(x, device):
-    """x where the device can use it, without waiting for what the device still has to do."""
-    pinned = x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x
-    return pinned.to(device, non_blocking=True)
 
 
 def draw_inputs(c, pictures, step, device):
@@ -719,8 +693,10 @@ def draw_inputs(c, pictures, step, device):
     It follows from (seed, step), so there is no state to save; it is drawn for the whole batch and cut to this
     process's n = batch_size / WORLD, so that many processes see what one would."""
     size, here = c.batch_size, slice(RANK * c.batch_size // WORLD, (RANK + 1) * c.batch_size // WORLD)
-    indices = batch_indices(len(pictures), c.seed, step * size, (step + 1) * size)[here]
-    pixels = to_device(pictures[to_device(indices, pictures.device)], device)
+    pixels = pictures[batch_indices(len(pictures), c.seed, step * size, (step + 1) * size, pictures.device)[here]]
+    if device.type == "cuda" and not pixels.is_cuda:  # so that the copy waits for nothing
+        pixels = pixels.pin_memory()
+    pixels = pixels.to(device, non_blocking=True)
     torch.manual_seed(key(c.seed, "step", step))
     z = torch.randn(2, size, c.nz, device=device)[:, here]
     if c.flips:
@@ -739,7 +715,7 @@ def apply_gradients(opt, loss, good):
     Over many processes losses and gradients are averaged first, so that all decide and move alike."""
     grads = [p.grad for p in opt.param_groups[0]["params"]]
     loss = loss.detach()
-    if WORLD > 1:
+    if WORLD > 1:  # all in one, for each all_reduce costs its delay
         flat = torch.cat([loss.view(1), *[g.flatten() for g in grads]])
         dist.all_reduce(flat)
         loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
@@ -895,32 +871,30 @@ def numbered(folder, pattern):
 
 def save_growth(folder, most=48):
     """samples.gif: how the grids of a run grew, evenly chosen, the last one always among them."""
-    files = [path for _, path in numbered(folder, "samples/step_*.png")]
-    if not files:
-        return
-    chosen = sorted({round(i * (len(files) - 1) / (most - 1)) for i in range(most)})
-    save_gif([Image.open(files[i]) for i in chosen], folder / "samples.gif", 150)
+    files = [path for _, path in numbered(folder, "samples/step_*.png")][::-1]
+    if files:
+        chosen = files[:: math.ceil(len(files) / most)][::-1]
+        save_gif([Image.open(file) for file in chosen], folder / "samples.gif", 150)
 
 
 def save_curves(rows, path):
     """losses.png: above the losses of D and G, below D(x) and D(G(z)), from the first step to the last."""
-    per = max(1, len(rows) // 400)  # rows a point, or the lines would be a blur
-    parts, steps = [rows[i : i + per] for i in range(0, len(rows), per)], [rows[0]["step"], rows[-1]["step"]]
+    first, last = rows[0]["step"], rows[-1]["step"]
     picture = Image.new("RGB", (900, 520), "white")
     pen = ImageDraw.Draw(picture)
     for bottom, names in (230, ("loss_d", "loss_g")), (490, ("d_x", "d_gz")):
-        lines = {name: [sum(row[name] for row in part) / len(part) for part in parts] for name in names}
-        high = 1.0 if "d_x" in lines else min(8.0, max(1.4, *map(max, lines.values())))
+        values = torch.tensor([[[row[name] for row in rows] for name in names]])  # (1, 2, rows)
+        values = F.adaptive_avg_pool1d(values, min(400, len(rows)))[0]  # means, or the lines would be a blur
+        high = 1.0 if "d_x" in names else values.max().clamp(1.4, 8).item()
         for i in range(5):
             x, y = 50 + i * 207, bottom - i * 50
             pen.line([50, y, 878, y], "#dddddd")
             pen.text((42, y), f"{i / 4 * high:.2f}", "black", anchor="rm")
-            pen.text((x, bottom + 8), f"{steps[0] + i / 4 * (steps[1] - steps[0]):.0f}", "black", anchor="mt")
-        for i, (name, color) in enumerate(zip(names, ("#c03020", "#2050c0"), strict=True)):
-            dx = 828 / max(1, len(parts) - 1)
-            points = [(50 + k * dx, bottom - 200 * min(v / high, 1)) for k, v in enumerate(lines[name])]
-            pen.line(points, color, 2)
-            pen.text((60 + 80 * i, bottom - 215), name, color, anchor="lm")
+            pen.text((x, bottom + 8), f"{first + i / 4 * (last - first):.0f}", "black", anchor="mt")
+        for x, name, color, line in zip((60, 140), names, ("#c03020", "#2050c0"), values, strict=True):
+            ys = bottom - 200 * (line / high).clamp(max=1)
+            pen.line(torch.stack([torch.linspace(50, 878, len(ys)), ys], 1).flatten().tolist(), color, 2)
+            pen.text((x, bottom - 215), name, color, anchor="lm")
     save_picture(picture, path)
 
 
@@ -960,37 +934,32 @@ def tune(c, device):
         torch.use_deterministic_algorithms(True)
 
 
-class Stop:
-    """with Stop(limit) as stop: stop.now() tells whether to end, after SIGTERM, Ctrl-C (a second leaves at once) or
-    the time limit."""
+@contextlib.contextmanager
+def stopping(limit):
+    """with stopping("2h") as code: code() -> 130 or 143 after Ctrl-C or SIGTERM (a second Ctrl-C leaves at once), 0
+    after the time limit, None to go on; the same on all processes, after the same step."""
+    end = time.monotonic() + (float(limit[:-1]) * {"s": 1, "m": 60, "h": 3600}[limit[-1]] if limit else math.inf)
+    first = []  # of the first signal, the code and the moment
 
-    def __init__(self, limit):
-        if limit and not re.fullmatch(r"\d+(\.\d+)?[smh]", limit):
-            raise UserError(f"--time-limit {limit!r} is no time; write 90s, 30m or 2h")
-        seconds = float(limit[:-1]) * {"s": 1, "m": 60, "h": 3600}[limit[-1]] if limit else math.inf
-        self.end, self.code, self.again = time.monotonic() + seconds, 0, 0.0
-
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.caught) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        time.sleep(max(0.0, self.again - time.monotonic()))
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def caught(self, number, _):
-        if self.code and time.monotonic() > self.again:
+    def caught(number, _):
+        if not first:
+            first.extend([128 + number, time.monotonic()])
+        elif time.monotonic() > first[1] + 0.5:  # not before: torchrun and `timeout` send it twice
             os._exit(128 + number)
-        if not self.code:  # it may come again at once: torchrun and `timeout` send it twice
-            self.code, self.again = 128 + number, time.monotonic() + 0.5
 
-    def now(self):
-        """-> the exit code, or None to go on; the same on all processes, after the same step."""
-        code = torch.tensor(self.code or (0 if time.monotonic() > self.end else -1))
+    def code():
+        number = torch.tensor(first[0] if first else 0 if time.monotonic() > end else -1)
         if WORLD > 1:
-            dist.all_reduce(code, dist.ReduceOp.MAX)
-        return int(code) if code >= 0 else None
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number) if number >= 0 else None
+
+    handlers = {number: signal.signal(number, caught) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield code
+    finally:
+        time.sleep(0.5 if first else 0)  # the second one may still come
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -998,24 +967,24 @@ class Stop:
 
 def open_run(c, given):
     """-> the Config, and the checkpoint where --resume goes on or None.  `given`: the names that the user set."""
-    folder, saved = Path(c.run), None
+    folder = Path(c.run)
     if not c.resume:
         if (folder / "config.json").exists() or any(folder.glob("*.pt")):
             raise UserError(f"{folder} holds a run already; go on with --resume, or name another folder with --run")
         return c, None
     with reading(folder / "config.json"):
         old = config(**json.loads((folder / "config.json").read_text()))
-    claims = [(name, "the command line", getattr(c, name)) for name in given - MAY_CHANGE]
-    if any(folder.glob("*.pt")):  # else the run was stopped before its first one
-        saved = load(folder / "checkpoint.pt")
-        names = FIELDS.keys() - MAY_CHANGE - {"noise_steps"}
-        claims += [(name, "checkpoint.pt", getattr(saved["config"], name)) for name in names]
-    for name, where, value in claims:
-        if value != getattr(old, name):
-            told = f"its {name} is {getattr(old, name)!r}; {where} says {value!r}"
-            raise UserError(f"{folder} cannot be resumed: {told}. Leave it out, or begin another run with --run")
-    changes = {name: getattr(c, name) for name in given & MAY_CHANGE | {"run", "resume", "time_limit"}}
-    return dataclasses.replace(old, **({"steps": 0} if "epochs" in given else {}) | changes), saved
+    asked = {name: getattr(c, name) for name in given | {"run", "resume", "time_limit"}}
+    c = dataclasses.replace(old, **({"steps": 0} if "epochs" in given else {}) | asked)
+    if not any(folder.glob("*.pt")):  # the run was stopped before its first one
+        return c, None
+    saved = load(folder / "checkpoint.pt")
+    for name in FIELDS.keys() - MAY_CHANGE:
+        now, begun = getattr(c, name), getattr(saved["config"], name)
+        if now != begun:
+            what = f"{folder / 'checkpoint.pt'} cannot go on with {name} {now!r}: it began with {begun!r}"
+            raise UserError(f"{what}. Leave it out, or begin another run with --run")
+    return c, saved
 
 
 def set_up(c, given=frozenset()):
@@ -1106,7 +1075,7 @@ def open_folder(run):
     (folder / "snapshots").mkdir(parents=True, exist_ok=True)
     files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
     later = [path for step, path in files if step > run.step]
-    for path in [*later, *folder.glob(".*.half"), *folder.glob("*/.*.half")]:
+    for path in [*later, *folder.rglob(".*.half")]:
         path.unlink()
     run.rows = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
@@ -1116,7 +1085,7 @@ def open_folder(run):
         file.write("".join(json.dumps(row) + "\n" for row in run.rows).encode())
     with written_whole(folder / "config.json") as file:
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
-    real = run.pictures[batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples).to(run.pictures.device)].cpu()
+    real = run.pictures[batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples, run.pictures.device)].cpu()
     save_picture(grid(real), folder / "samples" / "real.png")
     run.variety = max(1.0, variety(real))  # what warn compares with
     if run.step:  # a kill may have come between checkpoint.pt and this
@@ -1196,15 +1165,15 @@ def end_epoch(run, epoch):
 def train(c, given=None):
     """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.  `given` names
     what a resumed run is to change; None: all in which c is not its preset."""
-    preset, stop = config(c.preset), Stop(c.time_limit)
     if given is None:
+        preset = config(c.preset)
         given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
     run = set_up(c, given)
     step, c, n, code = choose_step(run), run.c, len(run.pictures), None
     if RANK == 0:
         open_folder(run)
     saved = reported = time.monotonic()
-    with stop, progress(run.total, "training", "step", run.step) as bar:
+    with stopping(c.time_limit) as stop, progress(run.total, "training", "step", run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
             decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the start would linger
@@ -1224,7 +1193,7 @@ def train(c, given=None):
             epoch = run.step * c.batch_size // n
             if epoch > (run.step - 1) * c.batch_size // n:
                 end_epoch(run, epoch)
-            code = stop.now()
+            code = stop()
             due = run.step % c.save_every == 0 if c.save_every else now - saved > 120
             if RANK == 0 and (due or last or code is not None):
                 save_run(run)

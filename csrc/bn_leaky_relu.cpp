@@ -34,27 +34,35 @@ inline A normalized(A centered, A scale, A bias) {
   return centered * scale + bias;  // one expression for both directions, so that both see one sign
 }
 // S: in which R values are added before they go to the fp64 sum of their column
-// (x_step: from one line of x to the next)
+// (x_step: from one line of x to the next; ahead: from there to the lines asked for meanwhile, see vectors.h)
 template <int R, typename S, typename A>
 DCGAN_CLONES void add_moments(const A* __restrict x, int64_t x_step, const A* __restrict shift,
-                              double* __restrict sum, double* __restrict square, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    S s = 0, q = 0;
-    for (int r = 0; r < R; ++r) {
-      S d = S(x[r * x_step + j]) - S(shift[j]);
-      s += d, q += d * d;
+                              double* __restrict sum, double* __restrict square, int64_t n, int64_t ahead) {
+  for (int64_t from = 0, to; from < n; from = to) {
+    to = ahead ? std::min(from + Stretch, n) : n;
+    prefetch_lines<0, R>(x + from, x_step, ahead);
+    for (int64_t j = from; j < to; ++j) {
+      S s = 0, q = 0;
+      for (int r = 0; r < R; ++r) {
+        S d = S(x[r * x_step + j]) - S(shift[j]);
+        s += d, q += d * d;
+      }
+      sum[j] += double(s), square[j] += double(q);
     }
-    sum[j] += double(s), square[j] += double(q);
   }
 }
 template <int R, typename A>
 DCGAN_CLONES void activate(const A* __restrict x, int64_t x_step, const A* __restrict mean,
                            const A* __restrict scale, const A* __restrict bias, A slope, A* __restrict y,
-                           int64_t y_step, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    for (int r = 0; r < R; ++r) {
-      A z = normalized(x[r * x_step + j] - mean[j], scale[j], bias[j]), low = z * slope;
-      y[r * y_step + j] = z > 0 ? z : low;
+                           int64_t y_step, int64_t n, int64_t ahead) {
+  for (int64_t from = 0, to; from < n; from = to) {
+    to = ahead ? std::min(from + Stretch, n) : n;
+    prefetch_lines<1, R>(y + from, y_step, ahead);
+    for (int64_t j = from; j < to; ++j) {
+      for (int r = 0; r < R; ++r) {
+        A z = normalized(x[r * x_step + j] - mean[j], scale[j], bias[j]), low = z * slope;
+        y[r * y_step + j] = z > 0 ? z : low;
+      }
     }
   }
 }
@@ -62,27 +70,36 @@ template <int R, typename S, typename A>
 DCGAN_CLONES void add_gradients(const A* __restrict dy, int64_t dy_step, const A* __restrict x,
                                 int64_t x_step, const A* __restrict mean, const A* __restrict scale,
                                 const A* __restrict bias, A slope, double* __restrict sum,
-                                double* __restrict product, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    S s = 0, q = 0;
-    for (int r = 0; r < R; ++r) {
-      A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
-      A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
-      s += S(dz), q += S(dz) * S(centered);
+                                double* __restrict product, int64_t n, int64_t ahead) {
+  for (int64_t from = 0, to; from < n; from = to) {
+    to = ahead ? std::min(from + Stretch, n) : n;
+    prefetch_lines<0, R>(dy + from, dy_step, ahead);
+    prefetch_lines<0, R>(x + from, x_step, ahead);
+    for (int64_t j = from; j < to; ++j) {
+      S s = 0, q = 0;
+      for (int r = 0; r < R; ++r) {
+        A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
+        A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
+        s += S(dz), q += S(dz) * S(centered);
+      }
+      sum[j] += double(s), product[j] += double(q);
     }
-    sum[j] += double(s), product[j] += double(q);
   }
 }
 template <int R, typename A>  // dx = scale dz + (x - mean) p + q
 DCGAN_CLONES void gradient(const A* __restrict dy, int64_t dy_step, const A* __restrict x, int64_t x_step,
                            const A* __restrict mean, const A* __restrict scale, const A* __restrict bias,
                            const A* __restrict p, const A* __restrict q, A slope, A* __restrict dx,
-                           int64_t dx_step, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    for (int r = 0; r < R; ++r) {
-      A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
-      A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
-      dx[r * dx_step + j] = dz * scale[j] + (centered * p[j] + q[j]);
+                           int64_t dx_step, int64_t n, int64_t ahead) {
+  for (int64_t from = 0, to; from < n; from = to) {
+    to = ahead ? std::min(from + Stretch, n) : n;
+    prefetch_lines<1, R>(dx + from, dx_step, ahead);
+    for (int64_t j = from; j < to; ++j) {
+      for (int r = 0; r < R; ++r) {
+        A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
+        A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
+        dx[r * dx_step + j] = dz * scale[j] + (centered * p[j] + q[j]);
+      }
     }
   }
 }
@@ -94,7 +111,7 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& means,
              const Tensor& invstds, const OptionalTensor& running_mean, const OptionalTensor& running_var,
              bool training, double momentum, double eps, double slope) {
-  const Cut cut(sizes, Width<T>);
+  const Cut cut(sizes);
   const A *w = read_only<A>(weight), *b = read_only<A>(bias);
   A *r_mean = writable<A>(running_mean), *r_var = writable<A>(running_var);
   const double M = double(sizes.count);
@@ -115,14 +132,14 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
     };
     auto sums = [&](int64_t block, int64_t chunk) {
       if (!training) return;
-      A in[4 * Width<T>], shift[Width<T>];
-      Sums<T> sums;
-      cut.columns(block, [&](int64_t j, int64_t c) { shift[j] = typical(cut.first_channel(block) + c); });
+      A in[4 * Width], shift[Width];
+      Sums sums;
+      cut.spread(block, shift, [&](int64_t c) { return typical(cut.first_channel(block) + c); });
       cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
-        add_moments<R, Group<T>>(xs, x_step, shift, sums.a, sums.b, n);
+        auto [xs, x_step, next] = read_lines(x + at, step, R, n, in, ahead);
+        add_moments<R, Group<T>>(xs, x_step, shift, sums.a, sums.b, n, next);
       });
-      partials.put(block, chunk, sums.a, sums.b);
+      partials.put(block, chunk, sums);
     };
     auto finish = [&](int64_t block) {
       int64_t begin = cut.first_channel(block), end = begin + cut.channels_of(block);
@@ -144,12 +161,12 @@ void forward(const Tensor& x_tensor, const Tensor& y_tensor, const BnSizes& size
       }
     };
     auto apply = [&](int64_t block, int64_t chunk) {
-      A in[4 * Width<T>], out[4 * Width<T>];
-      Constants<T> k(cut, block, mean, invstd, w, b);
+      A in[4 * Width], out[4 * Width];
+      Constants<A> k(cut, block, mean, invstd, w, b);
       cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
-        auto [ys, y_step] = write_lines(y + at, step, R, n, out);
-        activate<R>(xs, x_step, k.mean, k.scale, k.bias, A(slope), ys, y_step, n);
+        auto [xs, x_step, next] = read_lines(x + at, step, R, n, in, ahead);
+        auto [ys, y_step, y_next] = write_lines(y + at, step, R, n, out, ahead);
+        activate<R>(xs, x_step, k.mean, k.scale, k.bias, A(slope), ys, y_step, n, y_next);
         round_lines(y + at, step, R, n, out);
       });
     };
@@ -162,7 +179,7 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
               const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& means,
               const Tensor& invstds, const Tensor& dweights, const Tensor& dbiases, bool training,
               double slope) {
-  const Cut cut(sizes, Width<T>);
+  const Cut cut(sizes);
   const A *w = read_only<A>(weight), *b = read_only<A>(bias);
   A *dweight = dweights.mutable_data_ptr<A>(), *dbias = dbiases.mutable_data_ptr<A>();
   const double M = double(sizes.count);
@@ -176,16 +193,16 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
     const A* invstd = invstds.const_data_ptr<A>() + g * cut.channels;
     Partials partials(cut);
     auto sums = [&](int64_t block, int64_t chunk) {
-      A in[4 * Width<T>], grad[4 * Width<T>];
-      Sums<T> sums;
-      Constants<T> k(cut, block, mean, invstd, w, b);
+      A in[4 * Width], grad[4 * Width];
+      Sums sums;
+      Constants<A> k(cut, block, mean, invstd, w, b);
       cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
-        auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad, ahead);
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
+        auto [dys, dy_step, dy_next] = read_lines(dy + at, step, R, n, grad, ahead);
+        auto [xs, x_step, next] = read_lines(x + at, step, R, n, in, ahead);
         add_gradients<R, Group<T>>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, A(slope), sums.a,
-                                   sums.b, n);
+                                   sums.b, n, next);
       });
-      partials.put(block, chunk, sums.a, sums.b);
+      partials.put(block, chunk, sums);
     };
     auto finish = [&](int64_t block) {
       int64_t begin = cut.first_channel(block), end = begin + cut.channels_of(block);
@@ -199,16 +216,16 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
       }
     };
     auto apply = [&](int64_t block, int64_t chunk) {
-      A in[4 * Width<T>], grad[4 * Width<T>], out[4 * Width<T>], ps[Width<T>], qs[Width<T>];
-      Constants<T> k(cut, block, mean, invstd, w, b);
-      cut.columns(block, [&](int64_t j, int64_t c) {
-        ps[j] = p[cut.first_channel(block) + c], qs[j] = q[cut.first_channel(block) + c];
-      });
+      A in[4 * Width], grad[4 * Width], out[4 * Width], ps[Width], qs[Width];
+      Constants<A> k(cut, block, mean, invstd, w, b);
+      cut.spread(block, ps, [&](int64_t c) { return p[cut.first_channel(block) + c]; });
+      cut.spread(block, qs, [&](int64_t c) { return q[cut.first_channel(block) + c]; });
       cut.pieces(block, chunk, [&](auto R, int64_t at, int64_t step, int64_t n, int64_t ahead) {
-        auto [dys, dy_step] = read_lines(dy + at, step, R, n, grad, ahead);
-        auto [xs, x_step] = read_lines(x + at, step, R, n, in, ahead);
-        auto [dxs, dx_step] = write_lines(dx + at, step, R, n, out);
-        gradient<R>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, ps, qs, A(slope), dxs, dx_step, n);
+        auto [dys, dy_step, dy_next] = read_lines(dy + at, step, R, n, grad, ahead);
+        auto [xs, x_step, next] = read_lines(x + at, step, R, n, in, ahead);
+        auto [dxs, dx_step, dx_next] = write_lines(dx + at, step, R, n, out, ahead);
+        gradient<R>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, ps, qs, A(slope), dxs, dx_step,
+                    n, dx_next);
         round_lines(dx + at, step, R, n, out);
       });
     };

@@ -22,6 +22,7 @@ namespace dcgan {
 namespace {
 constexpr int64_t Rows = 64;     // of a block of the iteration, each with its own partial W't
 constexpr int64_t Chunk = 4096;  // values at a time of the passes over all of W
+constexpr int64_t Ahead = 512;   // values between those computed on and those asked for
 
 // ------------------------------------------------------------------------------------------ inner loops
 template <typename A, typename B>
@@ -29,8 +30,10 @@ DCGAN_CLONES double dot(const A* __restrict a, const B* __restrict b, int64_t n)
   constexpr int Lanes = 16;
   double lane[Lanes] = {}, total = 0;
   int64_t j = 0;
-  for (; j + Lanes <= n; j += Lanes)
+  for (; j + Lanes <= n; j += Lanes) {
+    prefetch<0>(a + j + Ahead, Lanes), prefetch<0>(b + j + Ahead, Lanes);
     for (int l = 0; l < Lanes; ++l) lane[l] += double(a[j + l]) * double(b[j + l]);
+  }
   for (; j < n; ++j) total += double(a[j]) * double(b[j]);
   for (int l = 0; l < Lanes; ++l) total += lane[l];
   return total;
@@ -48,12 +51,20 @@ DCGAN_CLONES void add_rows(const A* __restrict w, int64_t cols, const double* __
 }
 template <typename A>
 DCGAN_CLONES void divide(const A* __restrict x, A divisor, A* __restrict y, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) y[j] = x[j] / divisor;
+  for (int64_t from = 0, to; from < n; from = to) {
+    to = std::min(from + Stretch, n);
+    prefetch<0>(x + from + Ahead, Stretch), prefetch<1>(y + from + Ahead, Stretch);
+    for (int64_t j = from; j < to; ++j) y[j] = x[j] / divisor;
+  }
 }
 template <typename A>  // y = g / sigma - v * factor
 DCGAN_CLONES void rank_one(const A* __restrict g, A sigma, const A* __restrict v, A factor, A* __restrict y,
                            int64_t n) {
-  for (int64_t j = 0; j < n; ++j) y[j] = g[j] / sigma - v[j] * factor;
+  for (int64_t from = 0, to; from < n; from = to) {
+    to = std::min(from + Stretch, n);
+    prefetch<0>(g + from + Ahead, Stretch), prefetch<1>(y + from + Ahead, Stretch);
+    for (int64_t j = from; j < to; ++j) y[j] = g[j] / sigma - v[j] * factor;
+  }
 }
 
 inline double length(const std::vector<double>& x) { return std::sqrt(dot(x.data(), x.data(), x.size())); }

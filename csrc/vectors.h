@@ -115,38 +115,52 @@ DCGAN_CLONES inline void convert(const float* x, bf16* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) round_to(y[i], x[i]);
 }
 
-// Ask for n values: a conversion reads one line after the other, too few at a time for memory to keep up.
+// Memory keeps up with a loop that asks for what it will touch, in good time and a little at a time: the
+// processor's own prefetching begins anew in each page, and a burst waits for itself. Always inlined: GCC
+// takes a function that only prefetches for one without effect, and drops the call.
+#ifdef __GNUC__
+#define DCGAN_FETCH inline __attribute__((always_inline))
+#else
+#define DCGAN_FETCH inline
+#endif
 template <int Write, typename T>
-inline void prefetch(const T* x, int64_t n) {
+DCGAN_FETCH void prefetch(const T* x, int64_t n) {
 #ifdef __GNUC__
   for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(x + j, Write);
 #endif
 }
+constexpr int64_t Stretch = 32;  // values between two such requests of a loop
+template <int Write, int R, typename T>  // a stretch of R lines; nothing where they are a buffer
+DCGAN_FETCH void prefetch_lines(const T* x, int64_t step, int64_t ahead) {
+  if (ahead == 0) return;
+  for (int r = 0; r < R; ++r) prefetch<Write>(x + r * step + ahead, Stretch);
+}
+
 // Up to four lines of adjacent values, `step` apart, in the type that is computed in: memory itself, or a
 // buffer that holds them widened (read) or that round_lines() rounds into memory (write). The lines that are
-// read next lie `ahead`.
+// next in memory lie `ahead`; a buffer has 0 there, and asks for them itself.
 template <typename A>
 struct Lines {
   A* at;
-  int64_t step;
+  int64_t step, ahead;
 };
 template <typename T, typename A = wide_t<T>>
 Lines<const A> read_lines(const T* x, int64_t step, int64_t count, int64_t n, A* buffer, int64_t ahead = 0) {
-  if constexpr (std::is_same_v<T, A>) return {x, step};
+  if constexpr (std::is_same_v<T, A>) return {x, step, ahead};
   else {
     for (int64_t r = 0; r < count; ++r) {
       prefetch<0>(x + r * step + ahead, n);
       convert(x + r * step, buffer + r * n, n);
     }
-    return {buffer, n};
+    return {buffer, n, 0};
   }
 }
 template <typename T, typename A = wide_t<T>>
-Lines<A> write_lines(T* y, int64_t step, int64_t count, int64_t n, A* buffer) {
-  if constexpr (std::is_same_v<T, A>) return {y, step};
+Lines<A> write_lines(T* y, int64_t step, int64_t count, int64_t n, A* buffer, int64_t ahead = 0) {
+  if constexpr (std::is_same_v<T, A>) return {y, step, ahead};
   else {
     for (int64_t r = 0; r < count; ++r) prefetch<1>(y + r * step, n);
-    return {buffer, n};
+    return {buffer, n, 0};
   }
 }
 template <typename T, typename A = wide_t<T>>
