@@ -15,6 +15,7 @@ the probability that D gives to x being real.  D maximises log D(x) + log(1 - D(
 
 Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
 `logits` are D before its sigmoid.  Read from top to bottom: nothing refers to anything further down.
+The game alone is Generator, Discriminator and train_step.
 
  [1] Goodfellow et al. 2014, Generative adversarial nets, arXiv:1406.2661
  [2] Radford, Metz, Chintala 2015, DCGAN: the networks and their first weights, arXiv:1511.06434
@@ -143,7 +144,8 @@ class Config:
     ema: float = opt(0.0, "decay a step of the mean of G that draws; 0: off [8]", high=1 - 1e-9)
     batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"], low=1)
     samples: int = opt(64, "pictures in a grid", low=1)
-    seed: int = opt(0, "all randomness follows from it", alias=["--manualSeed"])
+    seed: int = opt(0, "all randomness follows from it", alias=["--manualSeed"], low=-math.inf)
+    # from here on: what --resume may change
     run: str = opt("", "its folder (runs/<preset>-<data>)", "the run; --resume may change these", ["--outf"])
     resume: bool = opt(False, "go on from checkpoint.pt in --run")
     epochs: int = opt(20, "passes over the pictures, in all", alias=["--niter"], low=1)
@@ -166,14 +168,15 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # by --resume: how long, how often, where
+MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # how long, how often, where
 
 
 def config(preset="classic", **overrides):
     """-> the Config of a preset with some values set otherwise.  Raises UserError for a wrong name or value."""
     for name in overrides.keys() - FIELDS.keys():
         raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
-    c = Config(**{**PRESETS.get(preset, {}), **overrides, "preset": preset})
+    lengths = {"steps": 0} if "epochs" in overrides else {}  # epochs that are asked for, not the preset's steps
+    c = Config(**{**PRESETS.get(preset, {}), **lengths, **overrides, "preset": preset})
     for f in FIELDS.values():
         value, m = getattr(c, f.name), f.metadata
         if type(value) is not f.type and not (f.type is float and type(value) is int):
@@ -330,7 +333,7 @@ def decode(picture, c):
     ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
         x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
-        high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1
+        high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1  # floats: of 0 to 255, or 0 to 1
         picture = Image.fromarray((x * (255 / max(x.max(), high))).clip(0, 255).astype(np.uint8))
     elif picture.has_transparency_data:  # over white, as a page would show it
         picture = picture.convert("RGBA")
@@ -340,8 +343,8 @@ def decode(picture, c):
 
 def fit_picture(picture, c):
     """A Pillow picture -> the same in image_size x image_size: squashed, or the largest square at its centre."""
-    how = functools.partial(ImageOps.fit, picture) if c.fit == "crop" else picture.resize
-    return how((c.image_size, c.image_size), Image.Resampling.BILINEAR)  # antialiased
+    size, smooth = (c.image_size, c.image_size), Image.Resampling.BILINEAR  # antialiased
+    return ImageOps.fit(picture, size, smooth) if c.fit == "crop" else picture.resize(size, smooth)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -511,6 +514,7 @@ def spectral_norm(weights, us, vs, eps, update):
     return normalized
 
 
+# not the module: networks are copied, and with them what they hold
 PLAIN = types.SimpleNamespace(bn_leaky_relu=bn_leaky_relu, spectral_norm=spectral_norm)
 
 
@@ -577,8 +581,8 @@ class Block(nn.Module):
         self.kind, out, k, s, p, bias, bn, self.activation = row
         self.ops, self.dropout, self.dropout2d = ops, dropout, dropout2d
         self.slope = {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
-        words = [self.kind + f" {k}x{k}, stride {s}" * (s > 0), "BatchNorm" * bn, self.activation]
-        self.label = ", ".join(word for word in words if word not in ("", "none"))
+        words = [f"{self.kind} {k}x{k}, stride {s}" if s else self.kind, "BatchNorm" if bn else "none", self.activation]
+        self.label = ", ".join(word for word in words if word != "none")
         features = out * k * k if self.kind == "dense" else out
         if self.kind == "dense":
             self.layer, self.shape = nn.Linear(channels, features, bias), (out, k, k)
@@ -588,7 +592,10 @@ class Block(nn.Module):
             self.layer = nn.ConvTranspose2d(channels, out, k, s, p, max(0, s + 2 * p - k), bias=bias)
         self.bn = nn.BatchNorm2d(features, c.bn_eps, c.bn_momentum) if bn else None  # its weights, not its forward
         # weights: normal(0, 0.02) [2], or Glorot's as Keras draws them [10]; BatchNorm's too, where init is dcgan
-        nn.init.xavier_uniform_(self.layer.weight) if c.init == "keras" else nn.init.normal_(self.layer.weight, 0, 0.02)
+        if c.init == "keras":
+            nn.init.xavier_uniform_(self.layer.weight)
+        else:
+            nn.init.normal_(self.layer.weight, 0, 0.02)
         if bias:
             nn.init.zeros_(self.layer.bias)
         if bn and c.init == "dcgan":
@@ -605,8 +612,8 @@ class Block(nn.Module):
         else:
             x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
         if bn is not None:
-            running = bn.running_mean, bn.running_var, self.training, bn.momentum, bn.eps
-            x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *running, self.slope, groups)
+            state = bn.running_mean, bn.running_var, self.training, bn.momentum, bn.eps
+            x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *state, self.slope, groups)
         elif self.slope is not None:
             x = F.leaky_relu(x, self.slope)
         elif self.activation != "none":  # what ends G, not in bf16
@@ -690,8 +697,9 @@ def summary(net, x):
 def draw_inputs(c, pictures, step, device):
     """-> real (n, nc, H, W), z (2, n, nz), noise (3, n, nc, H, W) or zeros: what a step needs from outside.
 
-    It follows from (seed, step), so there is no state to save; it is drawn for the whole batch and cut to this
-    process's n = batch_size / WORLD, so that many processes see what one would."""
+    z: for the fakes that D learns from, and for G's own where update is fresh.  noise: on the real pictures, on the
+    fakes, and on those of G's turn.  It all follows from (seed, step), so there is no state to save; it is drawn for
+    the whole batch and cut to this process's n = batch_size / WORLD, so that many processes see what one would."""
     size, here = c.batch_size, slice(RANK * c.batch_size // WORLD, (RANK + 1) * c.batch_size // WORLD)
     pixels = pictures[batch_indices(len(pictures), c.seed, step * size, (step + 1) * size, pictures.device)[here]]
     if device.type == "cuda" and not pixels.is_cuda:  # so that the copy waits for nothing
@@ -710,10 +718,10 @@ def draw_inputs(c, pictures, step, device):
     return real, z, noise
 
 
-def apply_gradients(opt, loss, good):
+def apply_gradients(optimizer, loss, good):
     """Adam's step where `good` and the loss and all gradients are finite -> whether so, a bool on the device.
     Over many processes losses and gradients are averaged first, so that all decide and move alike."""
-    grads = [p.grad for p in opt.param_groups[0]["params"]]
+    grads = [p.grad for p in optimizer.param_groups[0]["params"]]
     loss = loss.detach()
     if WORLD > 1:  # all in one, for each all_reduce costs its delay
         flat = torch.cat([loss.view(1), *[g.flatten() for g in grads]])
@@ -721,26 +729,31 @@ def apply_gradients(opt, loss, good):
         loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
         torch._foreach_copy_(grads, [mean.view(g.shape) for mean, g in zip(means, grads, strict=True)])
     good = good & torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
-    opt.grad_scale, opt.found_inf = (None, (~good).float())  # how GradScaler tells a fused Adam to leave all as it is
-    opt.step()
-    opt.zero_grad()
+    optimizer.grad_scale = None
+    optimizer.found_inf = (~good).float()  # how GradScaler tells a fused Adam to leave all as it is
+    optimizer.step()
+    optimizer.zero_grad()
     return good
 
 
 @torch.no_grad()
 def average(ema, G, weight):
     """Move all weights and running statistics of ema by `weight`, a number or tensor, of the way to those of G [8]."""
-    new, old = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (G, ema))
+    old, new = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G))
     way = torch._foreach_sub(new, old)
     torch._foreach_mul_(way, weight)
     torch._foreach_add_(old, way)
 
 
+NUMBERS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # what a step tells, and the columns of log.jsonl
+
+
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
-    """One update of D and one of G -> (6,) on the device: loss_d, loss_g, D(x), D(G(z)), 1, 0; where a number was not
-    finite 0, 0, 0, 0, 0, 1, and that update was not made.  Shapes: draw_inputs.  Nothing here waits for the device."""
-    at_once, fresh = c.update == "simultaneous", c.update == "fresh"
-    bce, good = F.binary_cross_entropy_with_logits, torch.isfinite(real).all() & torch.isfinite(z).all()
+    """One update of D and one of G -> NUMBERS, (6,) on the device; good, bad are 1, 0, and where a number was not
+    finite all are 0 but bad, and that update was not made.  Shapes: draw_inputs.  Nothing waits for the device."""
+    at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
+    bce = F.binary_cross_entropy_with_logits
+    good = torch.isfinite(real).all() & torch.isfinite(z).all()  # False: no update is made
     bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
     precision = functools.partial(torch.autocast, real.device.type, **bf16)
     buffers = [b for net in (G, D) for b in net.buffers() if b.is_floating_point()]  # running statistics, u and v
@@ -789,7 +802,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
 
 def save(path, **contents):
     """Write tensors and plain values so that path always holds a whole file."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save would hide why a disk takes no more
     torch.save({"format": FORMAT, **contents}, buffer)
     with written_whole(path) as file:
         file.write(buffer.getbuffer())
@@ -914,8 +927,10 @@ def choose_device(name):
 def choose_precision(name, device):
     """-> "bf16" or "fp32"; auto: bf16 where the hardware multiplies it, not where it would only be emulated."""
     probes = (getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile"))
-    has = device.type == "cpu" and any(probe() for probe in probes)
-    has = has or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cuda":
+        has = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has = device.type == "cpu" and any(probe() for probe in probes)
     return name if name != "auto" else "bf16" if has else "fp32"
 
 
@@ -989,9 +1004,6 @@ def open_run(c, given):
 
 def set_up(c, given=frozenset()):
     """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
-    device = choose_device(c.device)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
@@ -1001,6 +1013,9 @@ def set_up(c, given=frozenset()):
         with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
             lock.acquire(timeout=0)
     c, saved = open_run(c, given)
+    device = choose_device(c.device)
+    if WORLD > 1 and not dist.is_initialized():  # all processes have looked into the folder before any writes there
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple")
@@ -1034,8 +1049,8 @@ def set_up(c, given=frozenset()):
         with reading(run.folder / "checkpoint.pt"):
             for name, part in run.stateful.items():
                 part.load_state_dict(saved[name])
-            for opt in (run.opt_g, run.opt_d):
-                opt.param_groups[0].update(flags)  # a checkpoint of another device brings its own
+            for optimizer in (run.opt_g, run.opt_d):
+                optimizer.param_groups[0].update(flags)  # a checkpoint of another device brings its own
             run.step = saved["step"]
             run.sums.copy_(saved["sums"])
             if saved["pictures"] != len(pictures):
@@ -1080,7 +1095,9 @@ def open_folder(run):
     run.rows = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the half line of a run that was killed
-            run.rows += [row for row in [json.loads(line)] if row["step"] <= run.step]
+            row = json.loads(line)
+            if row["step"] <= run.step:
+                run.rows.append(row)
     with written_whole(log) as file:
         file.write("".join(json.dumps(row) + "\n" for row in run.rows).encode())
     with written_whole(folder / "config.json") as file:
@@ -1097,20 +1114,24 @@ def take(sums):
     again.  Here, and only here, the program waits for the device."""
     *values, good, bad = sums.tolist()
     sums.zero_()
-    names = ("loss_d", "loss_g", "d_x", "d_gz")
-    return {n: round(v / max(1, good), 5) for n, v in zip(names, values, strict=True)}, round(good), round(bad)
+    means = {name: round(value / max(1, good), 5) for name, value in zip(NUMBERS, values, strict=False)}
+    return means, round(good), round(bad)
 
 
-def report(run, bar, seconds):
+def report(run, bar):
     """A line of log.jsonl and the numbers on the bar."""
-    c, (means, good, skipped) = run.c, take(run.sums[0])
+    c, now = run.c, time.monotonic()
+    means, good, skipped = take(run.sums[0])
     if not good:
         what = f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the weights"
         checkpoint = run.folder / "checkpoint.pt"
         go_on = f"go on from {checkpoint} by --resume --precision fp32, or " if checkpoint.exists() else ""
         raise UserError(f"{what}: {go_on}begin again with a lower --lr")
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), **means}
-    row |= {"img_s": round(c.report_every * c.batch_size / seconds, 1)} | ({"skipped": skipped} if skipped else {})
+    step, moment = run.reported
+    row |= {"img_s": round((run.step - step) * c.batch_size / (now - moment), 1)}
+    row |= {"skipped": skipped} if skipped else {}
+    run.reported = run.step, now
     numbers = "D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s"
     bar.set_postfix_str(numbers.format(**row), False)
     if RANK == 0:
@@ -1169,10 +1190,11 @@ def train(c, given=None):
         preset = config(c.preset)
         given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
     run = set_up(c, given)
-    step, c, n, code = choose_step(run), run.c, len(run.pictures), None
+    step, c, n = choose_step(run), run.c, len(run.pictures)
     if RANK == 0:
         open_folder(run)
-    saved = reported = time.monotonic()
+    saved, code = time.monotonic(), None
+    run.reported = run.step, saved
     with stopping(c.time_limit) as stop, progress(run.total, "training", "step", run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
@@ -1183,21 +1205,20 @@ def train(c, given=None):
             run.sums += numbers / WORLD
             run.step += 1
             bar.update()
-            now = time.monotonic()
             if run.step % c.report_every == 0:
-                report(run, bar, now - reported)
-                reported = now
-            last, early = run.step == run.total, run.step < c.sample_every and run.step & (run.step - 1) == 0
-            if RANK == 0 and (last or early or run.step % c.sample_every == 0):  # early: at 1, 2, 4, 8 ...
+                report(run, bar)
+            last = run.step == run.total
+            early = run.step < c.sample_every and run.step & (run.step - 1) == 0  # at 1, 2, 4, 8 ...
+            if RANK == 0 and (last or early or run.step % c.sample_every == 0):
                 sample(run)
             epoch = run.step * c.batch_size // n
             if epoch > (run.step - 1) * c.batch_size // n:
                 end_epoch(run, epoch)
             code = stop()
-            due = run.step % c.save_every == 0 if c.save_every else now - saved > 120
+            due = run.step % c.save_every == 0 if c.save_every else time.monotonic() - saved > 120
             if RANK == 0 and (due or last or code is not None):
                 save_run(run)
-                saved = now
+                saved = time.monotonic()
         if RANK == 0:
             save_growth(run.folder)
             say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")

@@ -33,6 +33,11 @@ template <typename A>
 inline A normalized(A centered, A scale, A bias) {
   return centered * scale + bias;  // one expression for both directions, so that both see one sign
 }
+template <typename A>  // dz
+inline A passed_back(A dy, A centered, A scale, A bias, A slope) {
+  A low = dy * slope;
+  return normalized(centered, scale, bias) > 0 ? dy : low;
+}
 // S: in which R values are added before they go to the fp64 sum of their column
 // (x_step: from one line of x to the next; ahead: from there to the lines asked for meanwhile, see vectors.h)
 template <int R, typename S, typename A>
@@ -78,8 +83,8 @@ DCGAN_CLONES void add_gradients(const A* __restrict dy, int64_t dy_step, const A
     for (int64_t j = from; j < to; ++j) {
       S s = 0, q = 0;
       for (int r = 0; r < R; ++r) {
-        A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
-        A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
+        A centered = x[r * x_step + j] - mean[j];
+        A dz = passed_back(dy[r * dy_step + j], centered, scale[j], bias[j], slope);
         s += S(dz), q += S(dz) * S(centered);
       }
       sum[j] += double(s), product[j] += double(q);
@@ -96,8 +101,8 @@ DCGAN_CLONES void gradient(const A* __restrict dy, int64_t dy_step, const A* __r
     prefetch_lines<1, R>(dx + from, dx_step, ahead);
     for (int64_t j = from; j < to; ++j) {
       for (int r = 0; r < R; ++r) {
-        A centered = x[r * x_step + j] - mean[j], g = dy[r * dy_step + j], low = g * slope;
-        A dz = normalized(centered, scale[j], bias[j]) > 0 ? g : low;
+        A centered = x[r * x_step + j] - mean[j];
+        A dz = passed_back(dy[r * dy_step + j], centered, scale[j], bias[j], slope);
         dx[r * dx_step + j] = dz * scale[j] + (centered * p[j] + q[j]);
       }
     }

@@ -274,6 +274,12 @@ def test_a_run_has_a_name_by_itself(small, run_main, faces, cache, few_drawn):
     assert Path("runs/demo-drawn/generator.pt").exists()
 
 
+def test_epochs_that_are_asked_for_stand_above_the_steps_of_a_preset(small, run_main):
+    """demo's length is a number of steps."""
+    assert dcgan.config("demo").steps and dcgan.config("demo", epochs=3).steps == 0
+    assert "done at step 3 of 3" in run_main(*small("--epochs", 1, "--batch-size", 8)).out
+
+
 def test_steps_stand_above_epochs(small, run_main, tmp_path):
     assert "done at step 2 of 2" in run_main(*small("--steps", 2, "--epochs", 9)).out
 

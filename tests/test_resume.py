@@ -266,6 +266,26 @@ def test_a_preset_is_kept_whatever_the_default_of_the_next_start_would_be(argume
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["preset"] == "keras"
 
 
+def test_a_run_goes_on_where_it_was_not_where_the_default_would_be(arguments, tmp_path, monkeypatch):
+    """--device auto of the command line is no wish to leave the run's device."""
+    chosen, plain = [], dcgan.choose_device
+    monkeypatch.setattr(dcgan, "choose_device", lambda name: plain(chosen.append(name) or name))
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 2 --device cpu")) == 0
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume", "--steps", "3"]) == 0
+    assert chosen == ["cpu", "cpu"]
+
+
+def test_the_first_rate_after_a_resume_counts_its_own_steps(arguments, tmp_path, monkeypatch):
+    """A report that comes one step after the resume has one step's pictures in its time."""
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 3 --report-every 4")) == 0
+    clock = iter(range(10**6))  # a second passes at each look
+    monkeypatch.setattr(dcgan, "time", types.SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda s: None))
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume", "--steps", "8"]) == 0
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["img_s"] for line in lines)
+    assert 0.5 < first / second < 2
+
+
 # ------------------------------------------------------------------------------------------------ the folder
 
 
