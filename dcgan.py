@@ -30,6 +30,7 @@ The game alone is Generator, Discriminator and train_step.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import ctypes
@@ -539,49 +540,55 @@ def choose_ops(fused, device):
 
 
 # ---------------------------------------------------------------------------------------- the networks
-# A network is a list of rows, a family a way to write them: (kind, channels out, kernel, stride, padding, bias,
-# BatchNorm, activation).  A dense layer has one weight for each pixel that comes out, kernel x kernel of them.
+# A network is a list of rows, a family a way to write them.  kind: "dense", "conv", or "up", a transposed convolution;
+# channels: those that come out, from a dense row as pictures of kernel x kernel.
+Row = collections.namedtuple(
+    "Row", "kind channels kernel stride padding bias bn activation dropout dropout2d",
+    defaults=[4, 2, 1, False, False, "leaky_relu", 0.0, 0.0],
+)  # fmt: skip
 
 
 def rows_g(c):
     """The rows of G, from z (N, nz) to pictures (N, nc, H, W)."""
     n, base = halvings(c)
     if c.family == "dcgan":  # [2]: transposed convolutions all the way, from z as a picture of 1 x 1
-        first = ("up", c.ngf << (n - 1), base, 1, 0, False, True, "relu")
-        middle = [("up", c.ngf << i, 4, 2, 1, False, True, "relu") for i in reversed(range(n - 1))]
-        return [first, *middle, ("up", c.nc, 4, 2, 1, False, False, "tanh")]
+        first = Row("up", c.ngf << (n - 1), base, 1, 0, bn=True, activation="relu")
+        middle = [Row("up", c.ngf << i, bn=True, activation="relu") for i in reversed(range(n - 1))]
+        return [first, *middle, Row("up", c.nc, activation="tanh")]
     if c.family == "keras":  # wider as the picture grows
-        first = ("dense", c.ngf, base, 0, 0, True, False, "none")
-        middle = [("up", c.ngf << i, 4, 2, 1, True, False, "leaky_relu") for i in range(n)]
-        return [first, *middle, ("conv", c.nc, 5, 1, 2, True, False, "sigmoid")]
-    first = ("dense", 4 * c.ngf, base, 0, 0, False, True, "leaky_relu")
-    second = ("up", 2 * c.ngf, 5, 1, 2, False, True, "leaky_relu")
-    middle = [("up", c.ngf, 5, 2, 2, False, True, "leaky_relu") for _ in range(n - 1)]
-    return [first, second, *middle, ("up", c.nc, 5, 2, 2, False, False, "tanh")]
+        first = Row("dense", c.ngf, base, bias=True, activation="none")
+        middle = [Row("up", c.ngf << i, bias=True) for i in range(n)]
+        return [first, *middle, Row("conv", c.nc, 5, 1, 2, bias=True, activation="sigmoid")]
+    first = Row("dense", 4 * c.ngf, base, bn=True)
+    second = Row("up", 2 * c.ngf, 5, 1, 2, bn=True)
+    middle = [Row("up", c.ngf, 5, 2, 2, bn=True) for _ in range(n - 1)]
+    return [first, second, *middle, Row("up", c.nc, 5, 2, 2, activation="tanh")]
 
 
 def rows_d(c):
     """The rows of D, from pictures (N, nc, H, W) to one logit each."""
     n, base = halvings(c)
+    drop = dict(dropout=c.dropout, dropout2d=c.dropout2d)
     if c.family == "dcgan":  # [2]: BatchNorm everywhere but in the first and last
-        hidden = [("conv", c.ndf << i, 4, 2, 1, False, i > 0, "leaky_relu") for i in range(n)]
-        return [*hidden, ("conv", 1, base, 1, 0, False, False, "none")]
-    if c.family == "keras":
-        hidden = [("conv", c.ndf << min(i, 1), 4, 2, 1, True, False, "leaky_relu") for i in range(n)]
+        hidden = [Row("conv", c.ndf << i, bn=i > 0, **drop) for i in range(n)]
+        return [*hidden, Row("conv", 1, base, 1, 0, activation="none")]
+    if c.family == "keras":  # features are dropped only once, before the dense layer
+        hidden = [Row("conv", c.ndf << min(i, 1), bias=True, dropout2d=c.dropout2d) for i in range(n)]
+        hidden[-1] = hidden[-1]._replace(dropout=c.dropout)
     else:
-        hidden = [("conv", c.ndf << i, 5, 2, 2, True, False, "leaky_relu") for i in range(n)]
-    return [*hidden, ("dense", 1, 1, 0, 0, True, False, "none")]
+        hidden = [Row("conv", c.ndf << i, 5, 2, 2, bias=True, **drop) for i in range(n)]
+    return [*hidden, Row("dense", 1, 1, bias=True, activation="none")]
 
 
 class Block(nn.Module):
     """One row: a dense layer, convolution or transposed convolution, then BatchNorm, the activation and dropout."""
 
-    def __init__(self, row, channels, c, ops, dropout=0.0, dropout2d=0.0):
+    def __init__(self, row, channels, c, ops):
         super().__init__()
-        self.kind, out, k, s, p, bias, bn, self.activation = row
-        self.ops, self.dropout, self.dropout2d = ops, dropout, dropout2d
-        self.slope = {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
-        words = [f"{self.kind} {k}x{k}, stride {s}" if s else self.kind, "BatchNorm" if bn else "none", self.activation]
+        self.kind, out, k, s, p, bias, bn, self.activation, self.dropout, self.dropout2d = row
+        self.ops, self.slope = ops, {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
+        layer = "dense" if self.kind == "dense" else f"{self.kind} {k}x{k}, stride {s}"
+        words = [layer, "BatchNorm" if bn else "none", self.activation]
         self.label = ", ".join(word for word in words if word != "none")
         features = out * k * k if self.kind == "dense" else out
         if self.kind == "dense":
@@ -631,7 +638,7 @@ class Generator(nn.Module):
         self.config, self.blocks, channels = c, nn.Sequential(), c.nz
         for row in rows_g(c):
             self.blocks.append(Block(row, channels, c, ops))
-            channels = row[1]
+            channels = row.channels
 
     def forward(self, z):
         return self.blocks(z[:, :, None, None])  # z as a picture of 1 x 1: (N, nz, 1, 1)
@@ -643,14 +650,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, c, ops=PLAIN):
         super().__init__()
-        self.config, self.ops, channels, blocks = c, ops, c.nc, []
-        *hidden, last = rows_d(c)
-        for i, row in enumerate(hidden):  # the keras family drops features only once, before its dense layer
-            dropout = c.dropout if c.family != "keras" or i == len(hidden) - 1 else 0.0
-            blocks.append(Block(row, channels, c, ops, dropout, c.dropout2d))
-            channels = row[1]
-        channels *= halvings(c)[1] ** 2 if last[0] == "dense" else 1
-        self.blocks = nn.ModuleList([*blocks, Block(last, channels, c, ops)])
+        self.config, self.ops, self.blocks, channels = c, ops, nn.ModuleList(), c.nc
+        for row in rows_d(c):
+            features = channels * halvings(c)[1] ** 2  # of pictures of base x base
+            self.blocks.append(Block(row, features if row.kind == "dense" else channels, c, ops))
+            channels = row.channels
         for block in self.blocks if c.spectral_norm else []:
             weight = block.layer.weight.detach()
             block.register_buffer("u", F.normalize(torch.randn(len(weight)), dim=0))
