@@ -7,8 +7,8 @@
 The reference is torchvision's ImageFolder, which decodes with Pillow, with Resize, CenterCrop, ToTensor and Normalize,
 shuffled and collated by a DataLoader.  dcgan.py decodes once into a cache (`build`) and trains from there (`epoch`:
 batches as a training step gets them, in random order, scaled, with their noise z).  Compared are pictures per second
-of CPU time, of all processes together, so that it holds per core.  Rows take turns; a figure is the median over the
-rounds, its spread (largest - smallest) / median.  Writes benchmarks/results/data_cpu.json and .md.
+of CPU time, of all processes together, so that it holds per core.  Rows take turns, five epochs a turn; a figure is
+the median over the rounds, its spread (largest - smallest) / median.  Writes benchmarks/results/data_cpu.json and .md.
 """
 
 import argparse
@@ -130,8 +130,8 @@ def the_rows(folder, archive, cache, size):
         "build, no processes besides": lambda: build(folder, size, 0),
         f"build, {cores()} processes": lambda: build(folder, size, cores()),
         "build from a .zip": lambda: build(archive, size, 0),
-        "epoch": lambda: epoch(c, pictures, next(epochs)),
-        "epoch, half of them mirrored": lambda: epoch(flipped, pictures, next(epochs)),
+        "epoch": lambda: sum(epoch(c, pictures, next(epochs)) for _ in range(5)),
+        "epoch, half of them mirrored": lambda: sum(epoch(flipped, pictures, next(epochs)) for _ in range(5)),
     }
 
 

@@ -147,7 +147,7 @@ def make_ours(row, device, size):
     run.stateful = {"G": run.G, "D": run.D, "opt_g": run.opt_g, "opt_d": run.opt_d}
     run.stateful |= {"ema": run.ema} if c.ema else {}
     run.pictures = torch.randint(0, 256, (16 * c.batch_size, c.nc, c.image_size, c.image_size), dtype=torch.uint8)
-    run.pictures = run.pictures.to(device)
+    run.pictures = run.pictures.to(device, memory_format=torch.channels_last)  # as the cache gives them
     step, numbers = dcgan.choose_step(run), itertools.count()
 
     def once():
