@@ -612,7 +612,9 @@ class Block(nn.Module):
         """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu."""
         layer, bn = self.layer, self.bn
         x = x.flatten(1) if self.kind == "dense" else x
-        if weight is None:
+        if self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1, as the dcgan family begins: a matmul
+            x = torch.tensordot(x.flatten(1), layer.weight, 1)
+        elif weight is None:
             x = layer(x)
         elif self.kind == "dense":
             x = F.linear(x, weight, layer.bias)
@@ -851,7 +853,7 @@ def latent(seeds, nz):
 
 
 @torch.inference_mode()
-def draw(G, z, device, precision="fp32", chunk=32):
+def draw(G, z, device, precision="fp32", chunk=64):
     """z (n, nz) -> (n, nc, H, W) uint8 on the CPU.  BatchNorm takes its running statistics, and all chunks have one
     size, so that the same z gives the same picture whatever is drawn beside it."""
     training, pictures = G.training, []
