@@ -8,7 +8,8 @@ The reference is torchvision's ImageFolder, which decodes with Pillow, with Resi
 shuffled and collated by a DataLoader.  dcgan.py decodes once into a cache (`build`) and trains from there (`epoch`:
 batches as a training step gets them, in random order, scaled, with their noise z).  Compared are pictures per second
 of CPU time, of all processes together, so that it holds per core.  Rows take turns, five epochs a turn; a figure is
-the median over the rounds, its spread (largest - smallest) / median.  Writes benchmarks/results/data_cpu.json and .md.
+the median over the rounds, its spread (largest - smallest) / median.  The allocator keeps memory, as in training, for
+all rows: by its own default an epoch takes up to twice as long in some processes.  Writes results/data_cpu.json and .md.
 """
 
 import argparse
@@ -145,6 +146,7 @@ def main():
     options = parser.parse_args()
     about = facts("cpu", options.note)
     torch.set_num_threads(1)
+    dcgan.tune(dcgan.config("demo"), torch.device("cpu"))  # as training does, for all rows: memory is kept
     if options.quick:
         options.data, options.drawn, options.rounds = None, 2 * BATCH, 1
     with tempfile.TemporaryDirectory() as scratch:
