@@ -9,7 +9,7 @@ shuffled and collated by a DataLoader.  dcgan.py decodes once into a cache (`bui
 batches as a training step gets them, in random order, scaled, with their noise z).  Compared are pictures per second
 of CPU time, of all processes together, so that it holds per core.  Rows take turns, five epochs a turn; a figure is
 the median over the rounds, its spread (largest - smallest) / median.  The allocator keeps memory, as in training, for
-all rows: by its own default an epoch takes up to twice as long in some processes.  Writes results/data_cpu.json and .md.
+all rows: by default an epoch takes up to twice as long in some processes.  Writes results/data_cpu.json and .md.
 """
 
 import argparse
