@@ -229,8 +229,8 @@ def by_inception(fake, real, args, device, page):
 
     fingerprint = dict(
         PROTOCOL, reals=len(real), reals_sha256=sha256(real.contiguous().numpy()), size=list(real.shape[1:]),
-        fakes=args.fakes, seeds=f"0-{args.fakes - 1}", precision=args.precision,
-        weights_sha256=sha256(args.weights.read_bytes()),
+        fakes=args.fakes, seeds=f"0-{args.fakes - 1}",
+        weights_sha256=sha256(args.weights.read_bytes()), precision=args.precision,
     )  # fmt: skip
     net, options = inception(args.weights, device), (device, args.precision)
     of_reals = {k: v for k, v in fingerprint.items() if k not in ("fakes", "seeds")}
