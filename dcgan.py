@@ -117,7 +117,7 @@ class Config:
     image_size: int = opt(64, "height and width, pixels", alias=["--imageSize"])
     nc: int = opt(3, "channels: 3 colour, 1 grey", choices=[1, 3])
     fit: str = opt("crop", "resize and cut the centre, or squash", choices=["crop", "squash"])
-    flips: bool = opt(False, "mirror half of the real pictures")
+    flips: bool = opt(False, "mirror half of the real pictures; not for writing")
     family: str = opt("dcgan", "shape of the networks", "networks", choices=["dcgan", "keras", "mnist"])
     nz: int = opt(100, "length of the latent vector z", low=1)
     ngf: int = opt(64, "width of G, channels", low=1)

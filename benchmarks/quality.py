@@ -56,6 +56,10 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "best in fp32": ("best", "--precision fp32"),
     "best with fused kernels": ("best", "--fused"),
 }
+DIGITS = {  # as FACES, by epochs; without flips, since a mirrored digit is none
+    "mnist": ("mnist", ""),
+    "best on digits": ("best", "--image-size 28 --nc 1 --no-flips --epochs 10"),
+}
 
 
 def sha256(data):
@@ -258,7 +262,8 @@ def score(args):
     G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
     file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
     c, step = G.config, dcgan.load(file)["step"]
-    if not args.weights and c.family != "mnist":
+    idx = dcgan.find_idx(Path(args.reals)) if (c.nc, c.image_size) == (1, 28) else None  # digits
+    if not args.weights and not idx:
         raise ValueError("score needs --weights, the FID Inception, for all but MNIST's digits")
     fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
     result = {
@@ -272,9 +277,8 @@ def score(args):
         for k in ("fid", "kid", "precision", "recall"):
             print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
         print("nearest    {pixels:.2f} by pixels, {features:.2f} by features".format(**result["nearest"]))
-    if c.family == "mnist":
-        idx = dcgan.find_idx(Path(args.reals)).parent
-        result["digits"] = digits(fake, idx, Path(args.cache) / "classifier.pt", device)
+    if idx:
+        result["digits"] = digits(fake, idx.parent, Path(args.cache) / "classifier.pt", device)
         print(f"confident  {result['digits']['confident']:.2%} of the digits")
     result |= {"minutes": minutes(folder, c), "training": dataclasses.asdict(c)}
     for private in ("data", "run", "cache"):  # paths of one machine
@@ -356,13 +360,13 @@ def table(results):
 
 def train_and_score_all(args):
     """Train every row of the table with each seed, unless its run is there already, and score it."""
-    rows = {**FACES, "mnist": ("mnist", "")}
+    rows = FACES | DIGITS
     for name in args.rows or rows:
         preset, options = rows[name]
-        data = args.mnist if preset == "mnist" else args.faces
+        data = args.mnist if name in DIGITS else args.faces
         for seed in args.seeds if data else []:
             c = dcgan.config(preset, **dcgan.read_options(options.split()))
-            length = f"--steps {args.pictures // c.batch_size}" if preset != "mnist" else f"--epochs {c.epochs}"
+            length = f"--steps {args.pictures // c.batch_size}" if name in FACES else f"--epochs {c.epochs}"
             folder = ROOT / "runs" / f"quality_{name.replace(' ', '_').replace(',', '')}_{seed}"
             words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
             words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
@@ -389,7 +393,7 @@ def main(argv=None):
     b.add_argument("--mnist", type=Path, help="the folder of MNIST's idx files")
     b.add_argument("--pictures", type=int, default=2_000_000, help="that each row of faces sees (2,000,000)")
     b.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the runs of each row (0 1)")
-    names = [*FACES, "mnist"]
+    names = [*FACES, *DIGITS]
     b.add_argument("--rows", nargs="+", metavar="ROW", choices=names, help=f"{', '.join(names)} (all of these)")
     for q in (a, b):
         q.add_argument("--note", default="", help="a word on the circumstances, kept with the name of the machine")

@@ -123,8 +123,9 @@ def test_the_shares_of_digits_are_counted(monkeypatch, tmp_path):
         QUALITY["digits"](torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path, tmp_path / "c.pt", CPU)
 
 
-def test_digits_are_scored_without_inception(tiny, tmp_path, monkeypatch):
-    c = tiny(preset="mnist", data=str(real_data("mnist")), image_size=28, nc=1, steps=1)
+@pytest.mark.parametrize("preset", ["mnist", "best"])
+def test_digits_are_scored_without_inception(preset, tiny, tmp_path, monkeypatch):
+    c = tiny(preset=preset, data=str(real_data("mnist")), image_size=28, nc=1, steps=1)
     assert dcgan.train(c) == 0
     monkeypatch.setitem(QUALITY["digits"].__globals__, "train_classifier", lambda *_: (classifier.eval(), 0.995))
     classifier = QUALITY["classifier"]()
@@ -170,6 +171,22 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
         QUALITY["main"](["score", c.run, "--reals", c.data, "--out", str(tmp_path / "quality")])
     with pytest.raises(SystemExit, match="nothing_here"):
         QUALITY["main"](["score", str(tmp_path / "nothing_here"), *where])
+
+
+def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
+    """`all` writes command lines that dcgan.py reads, on the right pictures, each row as long as the others."""
+    trained, scored, argv = [], [], ["all", "--faces", "f.zip", "--mnist", "m", "--weights", "w.pth", "--seeds", "7"]
+    monkeypatch.setattr(QUALITY["subprocess"], "run", lambda words, check: trained.append([str(w) for w in words[2:]]))
+    monkeypatch.setitem(QUALITY["main"].__globals__, "main", scored.append)
+    QUALITY["main"]([*argv, "--pictures", "64000"])
+    faces, digits = len(QUALITY["FACES"]), len(QUALITY["DIGITS"])
+    assert len(trained) == faces + digits and len(scored) == faces + digits + 2 + 1  # twice without EMA, the table
+    for i, words in enumerate(trained):
+        given = dcgan.read_options(words)
+        c = dcgan.config(**given)
+        assert c.data == ("f.zip" if i < faces else "m") and c.seed == 7
+        assert c.steps * c.batch_size == 64000 if i < faces else (c.nc, c.image_size, c.flips) == (1, 28, False)
+    assert sum("--raw" in words for words in scored) == 2 and scored[-1] == ["table"]
 
 
 @pytest.mark.slow
