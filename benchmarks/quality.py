@@ -262,7 +262,7 @@ def score(args):
     G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
     file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
     c, step = G.config, dcgan.load(file)["step"]
-    idx = dcgan.find_idx(Path(args.reals)) if (c.nc, c.image_size) == (1, 28) else None  # digits
+    idx = dcgan.find_idx(args.reals) if (c.nc, c.image_size) == (1, 28) else None  # digits
     if not args.weights and not idx:
         raise ValueError("score needs --weights, the FID Inception, for all but MNIST's digits")
     fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
