@@ -50,6 +50,7 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     # what each ingredient of best is worth, and what may not matter; that of EMA: best is scored with and without
     "best without spectral norm": ("best", "--no-spectral-norm"),
     "best without flips": ("best", "--no-flips"),
+    "best at batch 8": ("best", "--batch-size 8"),
     "best at batch 64": ("best", "--batch-size 64"),
     "best at lr 2e-4": ("best", "--lr 2e-4"),
     "best at beta2 0.999": ("best", "--beta2 0.999"),
