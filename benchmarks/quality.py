@@ -84,7 +84,8 @@ def inception(path, device, layer="2048"):
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, f"{folder}/weights.pth")
         net = FeatureExtractorInceptionV3("inception", [layer], feature_extractor_weights_path=f"{folder}/weights.pth")
-    torch.backends.cudnn.allow_tf32 = False  # the features are to be those of any other machine
+    # features and distances are to be those of any other machine
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -101,8 +102,9 @@ def features(net, x, device, precision="fp32"):
     return torch.cat(out)
 
 
-def figures(fake, real):
-    """Features (n, 2048) and (m, 2048) -> {name: number}; torch-fidelity does the sums, in double precision for FID."""
+def figures(fake, real, device="cpu"):
+    """Features (n, 2048) and (m, 2048) -> {name: number}; torch-fidelity does the sums, in double precision for FID and
+    KID, and measures distances on the device."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -111,31 +113,33 @@ def figures(fake, real):
     fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     size = min(1000, len(fake), len(real))
     kid = kid_features_to_metric(fake.double(), real.double(), kid_subset_size=size, verbose=False)
-    prc = prc_features_to_metric(fake, real, save_cpu_ram=True, prc_batch_size=4096, verbose=False)
+    there = (x.to(device) for x in (fake, real))
+    prc = prc_features_to_metric(*there, save_cpu_ram=True, prc_batch_size=4096, verbose=False)
     kid = {"kid": kid["kernel_inception_distance_mean"], "kid_std": kid["kernel_inception_distance_std"]}
     return {"fid": fid, **kid, "precision": prc["precision"], "recall": prc["recall"]}
 
 
-def nearest(x, others, itself=False):
+def nearest(x, others, device="cpu", itself=False):
     """x (n, d), others (m, d) -> distances (n,) and places (n,) of the nearest.  `itself`: x are the first n others."""
     found = []
     for start in range(0, len(x), 250):
-        part = x[start : start + 250].float().flatten(1)
-        distances = torch.cat([torch.cdist(part, o.float().flatten(1)) for o in others.split(2000)], 1)
+        part = x[start : start + 250].to(device).float().flatten(1)
+        distances = [torch.cdist(part, o.to(device).float().flatten(1)).cpu() for o in others.split(2000)]
+        distances = torch.cat(distances, 1)
         if itself:
             distances[torch.arange(len(part)), start + torch.arange(len(part))] = torch.inf
         found.append(distances.min(1))
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def nearness(fake, real, fake_features, real_features, page):
+def nearness(fake, real, fake_features, real_features, page, device="cpu"):
     """-> how near fakes are to real pictures, as a share of how near those are to each other.  The page: in each row
     four times a fake, the real picture nearest by pixels, the one nearest by features.  It shows training pictures."""
     numbers, shown = {}, [fake[:32].expand(-1, 3, -1, -1)]
     for name, a, b in (("pixels", fake, real), ("features", fake_features, real_features)):
         n = min(FEW, len(a), len(b))
-        distances, places = nearest(a[:n], b)
-        between = nearest(b[:n], b, itself=True)[0]
+        distances, places = nearest(a[:n], b, device)
+        between = nearest(b[:n], b, device, itself=True)[0]
         numbers[name] = (distances.median() / between.median()).item()
         numbers[f"{name}_fake"], numbers[f"{name}_real"] = distances.median().item(), between.median().item()
         shown.append(real[places[:32]].expand(-1, 3, -1, -1))
@@ -247,10 +251,10 @@ def by_inception(fake, real, args, device, page):
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     floors = cached.with_suffix(".json")
     if not floors.exists():
-        floors.write_text(json.dumps(figures(*real_features[order].chunk(2))))
+        floors.write_text(json.dumps(figures(*real_features[order].chunk(2), device)))
     return {
-        **figures(fake_features, real_features), "floor": json.loads(floors.read_text()),
-        "nearest": nearness(fake, real[order], fake_features, real_features[order], page),
+        **figures(fake_features, real_features, device), "floor": json.loads(floors.read_text()),
+        "nearest": nearness(fake, real[order], fake_features, real_features[order], page, device),
         "fingerprint": fingerprint, "torch_fidelity": __version__,
     }  # fmt: skip
 
