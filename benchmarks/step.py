@@ -261,7 +261,7 @@ def worker(pipe, device, threads, allocator, size):
     """A process with one setting of the allocator: answers what it is asked until it is told to end."""
     torch.set_num_threads(threads)
     if device == "cuda" or allocator == "kept":
-        dcgan.tune(dcgan.config("demo"), torch.device(device))
+        dcgan.tune(dcgan.config("demo"), dcgan.choose_device(device))
     steps = {}
     with contextlib.suppress(EOFError, BrokenPipeError):  # the one who asks has gone
         answer(pipe, device, size, steps)

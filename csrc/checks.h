@@ -11,10 +11,10 @@
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace dcgan {
@@ -23,26 +23,31 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The parts of a message. No stream: where a toolchain links libstdc++ statically beside torch's own, formatting
+// a number in a stream crashes (seen with g++ 13).
+struct shape {  // (128, 64, 16, 16)
+  IntHeaderOnlyArrayRef sizes;
+  explicit shape(const Tensor& t) : sizes(t.sizes()) {}
+};
+inline std::string text(const char* words) { return words; }
+template <typename N, std::enable_if_t<std::is_integral_v<N>, bool> = true>
+std::string text(N n) {
+  return std::to_string(n);
+}
+inline std::string text(const shape& s) {
+  std::string all;
+  for (size_t d = 0; d < s.sizes.size(); ++d) all += (d ? ", " : "") + std::to_string(s.sizes[d]);
+  return "(" + all + ")";
+}
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error((text(parts) + ...));
 }
 template <typename... Parts>
 void check(bool ok, const Parts&... parts) {
   if (!ok) fail(parts...);
 }
 
-struct shape {  // in a message: (128, 64, 16, 16)
-  IntHeaderOnlyArrayRef sizes;
-  explicit shape(const Tensor& t) : sizes(t.sizes()) {}
-};
-inline std::ostream& operator<<(std::ostream& out, const shape& s) {
-  out << "(";
-  for (size_t d = 0; d < s.sizes.size(); ++d) out << (d ? ", " : "") << s.sizes[d];
-  return out << ")";
-}
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   bool same = a.dim() == b.dim();
   for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,16 +128,15 @@ def find(kind):
 
 
 def covers(architectures):
-    """Whether code for "8.0,9.0+PTX" runs on the GPUs that are here: same major version, or PTX of an older one."""
+    """Whether code for "8.0,9.0+PTX" runs on the GPUs that are here: same major version, or PTX of an older one; code
+    for "9.0a", as images for one GPU ask for it, on 9.0 alone."""
     if not torch.cuda.is_available():
         return True
-    built = [
-        (tuple(int(n) for n in one.removesuffix("+PTX").split(".")), one.endswith("+PTX"))
-        for one in architectures.split(",")
-        if one.removesuffix("+PTX").replace(".", "").isdigit()
-    ]
+    built = re.findall(r"(\d+)\.(\d+)(a?)f?(\+PTX)?", architectures)
+    built = [((int(major), int(minor)), only, ptx) for major, minor, only, ptx in built]
     have = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return all(any((a[0] == h[0] or ptx) and a <= h for a, ptx in built) for h in have)
+    fits = [[h == a if only else a <= h and (a[0] == h[0] or ptx) for a, only, ptx in built] for h in have]
+    return all(any(one) for one in fits)
 
 
 def _writable(folder):

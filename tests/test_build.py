@@ -189,6 +189,8 @@ def test_architectures_cover():
 
     assert covers("8.0,9.0+PTX", (8, 6)) and covers("8.0,9.0+PTX", (9, 0)) and covers("8.0,9.0+PTX", (12, 0))
     assert not covers("8.0,9.0+PTX", (7, 5)) and not covers("9.0", (10, 0)) and not covers("8.6", (8, 0))
+    assert covers("9.0a", (9, 0)) and covers("8.0,9.0a", (8, 9)) and covers("10.0f", (10, 3))  # as NVIDIA's images ask
+    assert not covers("9.0a", (9, 1)) and not covers("10.0a", (9, 0)) and not covers("", (9, 0))
 
 
 def test_a_cuda_library_that_fails_leaves_the_cpu_whole(project):

@@ -2,7 +2,7 @@
 
 The same tests run on the CPU and, where one is present, on a CUDA device.  The rule for numbers needs no tolerance
 by hand: the error against fp64 is at most twice that of plain PyTorch in the same dtype, or one unit in the last
-place of the result at its scale.
+place of the result at its scale.  On CUDA, where both sum in fp32, each in its own order, it is twice that.
 """
 
 import copy
@@ -34,6 +34,7 @@ def device(request):
 def seeded():
     torch.manual_seed(0)
     random.seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # or the nets' convolutions would hide what is compared
 
 
 def wide(dtype):
@@ -44,14 +45,15 @@ def channels_last(x):
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def assert_close(ours, plain, exact, what=""):
-    """max |ours - exact| <= max(2 max |plain - exact|, one unit in the last place at the scale of exact)."""
+def assert_close(ours, plain, exact, what="", scale=0.0):
+    """max |ours - exact| <= max(2 max |plain - exact|, one unit in the last place at `scale`, that of exact or of
+    what it is a difference of); twice that on CUDA."""
     if exact.numel() == 0:
         return
-    scale, unit = exact.abs().max().item(), torch.finfo(ours.dtype).eps
+    scale, unit = max(scale, exact.abs().max().item()), torch.finfo(ours.dtype).eps
     if ours.dtype == torch.float64:
         unit = 1e-11  # there `exact` is itself a computation in fp64
-    limit = max(2 * (plain.double() - exact).abs().max().item(), unit * scale)
+    limit = max(2 * (plain.double() - exact).abs().max().item(), unit * scale) * (2 if ours.is_cuda else 1)
     error = (ours.double() - exact).abs().max().item()
     assert error <= limit, f"{what}: error {error:.3e}, allowed {limit:.3e}, scale {scale:.3e}"
 
@@ -256,8 +258,9 @@ def test_bn_infinite_values_spoil_their_channel_only(device, value, place):
     case = Case(x)
     ours, plain = case.run(ops.bn_leaky_relu), case.run(dcgan.bn_leaky_relu)
     for a, b in zip(ours, plain, strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+        finite = a.isfinite()  # inf - inf is NaN or is not met, by the order of the sums
+        assert torch.equal(finite, b.isfinite())
+        torch.testing.assert_close(a[finite], b[finite], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -367,9 +370,12 @@ def test_sn_values_and_gradients(device, shapes, dtype, update, layout):
     ours = run_sn(ops.spectral_norm, weights, us, vs, update)
     plain = run_sn(dcgan.spectral_norm, weights, us, vs, update)
     exact = run_sn(dcgan.spectral_norm, weights, us, vs, update, torch.float64)
+    n = len(weights)
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         assert a.dtype == b.dtype == dtype and a.shape == b.shape
-        assert_close(a, b, c, f"result {i}")
+        # a gradient is G / sigma less its part along u v', all of it where W is one number
+        scale = (exact[i % n] / weights[i % n]).abs().max().item() if i >= 3 * n else 0.0
+        assert_close(a, b, c, f"result {i}", scale)
     assert all(a.stride() == w.stride() for a, w in zip(ours, weights, strict=False))
     assert all(a.stride() == w.stride() for a, w in zip(ours[-len(weights) :], weights, strict=True))
 
@@ -406,7 +412,9 @@ def test_sn_output_in_autocasts_dtype(device, dtype):
         ours = run_sn(ops.spectral_norm, weights, us, vs, True)
     for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
         if i < 3:
-            assert a.dtype == dtype and torch.equal(a, b.to(dtype))  # one rounding, of the same number
+            # one rounding, of the same number; CUDA multiplies by 1 / sigma: of its neighbour
+            assert a.dtype == dtype
+            torch.testing.assert_close(a, b.to(dtype), rtol=torch.finfo(dtype).eps if a.is_cuda else 0, atol=0)
         elif i < 9:
             assert torch.equal(a, b)  # u and v never see autocast
         else:
