@@ -108,7 +108,9 @@ class Case:
             assert (a is None) == (c is None)
             if c is not None and (gradients or not name.startswith("d")):
                 assert a.dtype == b.dtype and a.shape == b.shape, name
-                assert_close(a, b, c, f"{name} of x {tuple(self.x.shape)} {self.x.dtype} {self.x.stride()}")
+                # a mean of fp32 sums is as exact as its values are large, and 0.1 of it enters the running one
+                scale = 0.1 * self.x.abs().max().item() if self.x.is_cuda and name == "running_mean" else 0.0
+                assert_close(a, b, c, f"{name} of x {tuple(self.x.shape)} {self.x.dtype} {self.x.stride()}", scale)
         return ours
 
 
@@ -726,7 +728,7 @@ class TestCuda:
         with torch.cuda.graph(graph):
             loss_of(net, real, fake).backward()
 
-        def replay():
+        def replay(memory=(real, fake)):  # what the graph reads must live as long as it
             net.load_state_dict(state)
             for p in net.parameters():
                 p.grad.zero_()
