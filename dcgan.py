@@ -160,7 +160,7 @@ class Config:
     precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16"])
     fused: bool = opt(False, "use the fused kernels of csrc/")
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
-    graph: bool = opt(False, "CUDA: replay each step as one graph of kernels")
+    graph: bool = opt(True, "one CUDA device: replay each step as one graph of kernels")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
     workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on", low=-1)
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
@@ -526,7 +526,7 @@ def fused_ops():
             module = importlib.import_module(name)
             if hasattr(module, "bn_leaky_relu"):  # not some other csrc
                 return module
-    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused, --graph out")
+    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused out")
 
 
 def choose_ops(fused, device):
@@ -537,6 +537,14 @@ def choose_ops(fused, device):
     with explained("--fused", ops.Unavailable):
         ops.load(device)
     return types.SimpleNamespace(bn_leaky_relu=ops.bn_leaky_relu, spectral_norm=ops.spectral_norm)
+
+
+def choose_graphed(c, device):
+    """-> graphed of csrc/ where a step can be one CUDA graph, else None.  Launches cost a GPU more than the kernels."""
+    if c.graph and not c.compile and device.type == "cuda" and WORLD == 1:
+        with contextlib.suppress(UserError):  # dcgan.py stands alone
+            return fused_ops().graphed
+    return None
 
 
 # ---------------------------------------------------------------------------------------- the networks
@@ -1025,13 +1033,14 @@ def set_up(c, given=frozenset()):
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple")
-    if c.graph and (device.type != "cuda" or WORLD > 1):
-        raise UserError(f"--graph needs one process on CUDA; this is {WORLD} on {device}: leave it out")
     tune(c, device)
-    ops = choose_ops(c.fused, device)
+    ops, graphed = choose_ops(c.fused, device), choose_graphed(c, device)
+    if "graph" in given and c.graph and not graphed:
+        what = f"--graph needs csrc/ and one process on CUDA without --compile; this is {WORLD} on {device}"
+        raise UserError(f"{what}: leave it out")
     say(f"run         {c.run}, preset {c.preset}, {'goes on' if saved else 'begins'}")
-    how = f"{device}, {c.precision}, {'fused kernels' if c.fused else 'plain PyTorch'}, torch {torch.__version__}"
-    say(f"machine     {how}, {WORLD} x {torch.get_num_threads()} threads")
+    how = f"{device}, {c.precision}, {'fused kernels' if c.fused else 'plain PyTorch'}{', graphed' if graphed else ''}"
+    say(f"machine     {how}, torch {torch.__version__}, {WORLD} x {torch.get_num_threads()} threads")
     pictures = load_pictures(c)
     if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         pictures = pictures.to(device)
@@ -1066,13 +1075,13 @@ def set_up(c, given=frozenset()):
 
 def choose_step(run):
     """-> step(real, z, noise, ema_weight) as train_step: as it stands, compiled, and on CUDA as one graph."""
-    c, nets = run.c, (run.G, run.D)
+    c, nets, graphed = run.c, (run.G, run.D), choose_graphed(run.c, run.device)
     if c.compile:
         nets = [torch.compile(net, dynamic=False) for net in nets]  # other names for the same weights
     step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
-    if c.graph:
+    if graphed:
         inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
-        step = fused_ops().graphed(step, inputs, run.stateful.values())
+        step = graphed(step, inputs, run.stateful.values())
     return step
 
 

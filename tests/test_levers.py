@@ -126,7 +126,24 @@ def test_the_shapes_of_a_step_are_one_shape_or_broadcast_to_it_when_the_noise_en
 
 def test_a_graph_without_cuda_is_refused_in_one_line(arguments_of, run_main):
     done = run_main(*arguments_of("--graph"))
-    assert done.code == 2 and "--graph needs one process on CUDA" in done.err and done.err.count("\n") == 1
+    assert done.code == 2 and "--graph needs csrc/ and one process on CUDA" in done.err and done.err.count("\n") == 1
+
+
+def test_a_step_is_graphed_where_it_can_be_and_nobody_said_otherwise(tiny, monkeypatch):
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert dcgan.choose_graphed(tiny("classic"), cuda) is dcgan.fused_ops().graphed
+    assert dcgan.choose_graphed(tiny("classic"), cpu) is None
+    assert dcgan.choose_graphed(tiny("classic", graph=False), cuda) is None
+    assert dcgan.choose_graphed(tiny("classic", compile=True), cuda) is None
+    monkeypatch.setattr(dcgan, "WORLD", 2)
+    assert dcgan.choose_graphed(tiny("classic"), cuda) is None
+    monkeypatch.undo()
+
+    def none():
+        raise dcgan.UserError("there are no fused kernels here")
+
+    monkeypatch.setattr(dcgan, "fused_ops", none)  # dcgan.py alone
+    assert dcgan.choose_graphed(tiny("classic"), cuda) is None
 
 
 @pytest.fixture
@@ -151,8 +168,8 @@ def arguments_of(faces, cache, tmp_path):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_cuda_graph_trains_as_the_plain_step(preset, fused, start, monkeypatch):
-    runs = [start(preset, name, device="cuda", fused=fused, deterministic=True) for name in ("plain", "graph")]
-    runs[1].c.graph = True
+    options = dict(device="cuda", fused=fused, deterministic=True)
+    runs = [start(preset, f"graph {graph}", graph=graph, **options) for graph in (False, True)]
     before = everything(runs[1])
     monkeypatch.setattr(dcgan, "draw_inputs", lambda *_: inputs_of(runs[1], 0)[:3])  # what is captured: float64 too
     steps = [dcgan.choose_step(run) for run in runs]
