@@ -178,3 +178,14 @@ def test_a_cuda_graph_trains_as_the_plain_step(preset, fused, start, monkeypatch
         numbers = [step(*inputs_of(run, i)) for step, run in zip(steps, runs, strict=True)]
         assert torch.allclose(*numbers, rtol=1e-6, atol=1e-9)
     assert far(everything(runs[1]), everything(runs[0])) < 1e-6
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("more", [(), ("--fused",), ("--no-graph",), ("--noise", "0.1", "--noise-steps", "3")])
+def test_a_run_on_cuda_goes_on_where_it_stopped(arguments_of, run_main, more):
+    on_cuda = ["--device", "cuda", *more]
+    begun = run_main(*arguments_of(*on_cuda))
+    assert begun.code == 0 and (", graphed, " in begun.out) == ("--no-graph" not in more)
+    gone_on = run_main(*arguments_of(*on_cuda, "--resume", "--steps", "5"))
+    assert gone_on.code == 0 and "done at step 5 of 5" in gone_on.out
