@@ -719,16 +719,17 @@ def draw_inputs(c, pictures, step, device):
     if device.type == "cuda" and not pixels.is_cuda:  # so that the copy waits for nothing
         pixels = pixels.pin_memory()
     pixels = pixels.to(device, non_blocking=True)
-    torch.manual_seed(key(c.seed, "step", step))
-    z = torch.randn(2, size, c.nz, device=device)[:, here]
+    chance = dict(generator=torch.Generator(device).manual_seed(key(c.seed, "step", step)), device=device)
+    z = torch.randn(2, size, c.nz, **chance)[:, here]
     if c.flips:
-        pixels = torch.where(torch.rand(size, 1, 1, 1, device=device)[here] < 0.5, pixels.flip(-1), pixels)
+        pixels = torch.where(torch.rand(size, 1, 1, 1, **chance)[here] < 0.5, pixels.flip(-1), pixels)
     real = to_range(pixels.contiguous(memory_format=torch.channels_last), c)
     noise = torch.zeros(3, 1, 1, 1, 1, device=device)
     if c.noise and step < c.noise_steps:
         std = c.noise * (1 - step / c.noise_steps)
-        noise = std * torch.randn(3, size, *real.shape[1:], device=device)[:, here]
-    torch.manual_seed(key(c.seed, "dropout", step, RANK))  # what D drops is each process's own
+        noise = std * torch.randn(3, size, *real.shape[1:], **chance)[:, here]
+    if c.dropout or c.dropout2d:
+        torch.manual_seed(key(c.seed, "dropout", step, RANK))  # what D drops is each process's own
     return real, z, noise
 
 
