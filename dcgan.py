@@ -151,7 +151,7 @@ class Config:
     resume: bool = opt(False, "go on from checkpoint.pt in --run")
     epochs: int = opt(20, "passes over the pictures, in all", alias=["--niter"], low=1)
     steps: int = opt(0, "updates of G, in all; instead of --epochs")
-    time_limit: str = opt("", "save and stop after 90s, 30m, 2h")
+    time_limit: str = opt("", "save and stop after 90s, 30m, 2h of training")
     sample_every: int = opt(100, "steps between grids; more often at first", low=1)
     report_every: int = opt(10, "steps between lines of log.jsonl", low=1)
     save_every: int = opt(0, "steps between checkpoints; 0: two minutes")
@@ -160,7 +160,7 @@ class Config:
     precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16"])
     fused: bool = opt(False, "use the fused kernels of csrc/")
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
-    graph: bool = opt(True, "one CUDA device: replay each step as one graph of kernels")
+    graph: bool = opt(True, "one process on CUDA, csrc/, no --compile: replay the step as one graph")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
     workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on", low=-1)
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
@@ -540,10 +540,10 @@ def choose_ops(fused, device):
 
 
 def choose_graphed(c, device):
-    """-> graphed of csrc/ where a step can be one CUDA graph, else None.  Launches cost a GPU more than the kernels."""
+    """-> graphed of csrc/ where a step can be one CUDA graph, else None.  Launched one by one, its kernels wait."""
     if c.graph and not c.compile and device.type == "cuda" and WORLD == 1:
         with contextlib.suppress(UserError):  # dcgan.py stands alone
-            return fused_ops().graphed
+            return getattr(fused_ops(), "graphed", None)
     return None
 
 
@@ -765,7 +765,8 @@ NUMBERS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # what a step tell
 
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     """One update of D and one of G -> NUMBERS, (6,) on the device; good, bad are 1, 0, and where a number was not
-    finite all are 0 but bad, and that update was not made.  Shapes: draw_inputs.  Nothing waits for the device."""
+    finite all are 0 but bad, and that update was not made.  Shapes: draw_inputs.  Nothing waits for the device; in a
+    graph nothing may, and Python runs at the capture only: --no-graph while you edit this."""
     at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
     bce = F.binary_cross_entropy_with_logits
     good = torch.isfinite(real).all() & torch.isfinite(z).all()  # False: no update is made
@@ -1040,7 +1041,8 @@ def set_up(c, given=frozenset()):
         what = f"--graph needs csrc/ and one process on CUDA without --compile; this is {WORLD} on {device}"
         raise UserError(f"{what}: leave it out")
     say(f"run         {c.run}, preset {c.preset}, {'goes on' if saved else 'begins'}")
-    how = f"{device}, {c.precision}, {'fused kernels' if c.fused else 'plain PyTorch'}{', graphed' if graphed else ''}"
+    how = f"{device}, {c.precision}, {'fused kernels' if c.fused else 'plain PyTorch'}"
+    how += ", graphed" if graphed else ", not graphed (see --graph)" if device.type == "cuda" else ""
     say(f"machine     {how}, torch {torch.__version__}, {WORLD} x {torch.get_num_threads()} threads")
     pictures = load_pictures(c)
     if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -1075,14 +1077,15 @@ def set_up(c, given=frozenset()):
 
 
 def choose_step(run):
-    """-> step(real, z, noise, ema_weight) as train_step: as it stands, compiled, and on CUDA as one graph."""
+    """-> step(real, z, noise, ema_weight) as train_step: as it stands, compiled, or on CUDA as one graph."""
     c, nets, graphed = run.c, (run.G, run.D), choose_graphed(run.c, run.device)
     if c.compile:
         nets = [torch.compile(net, dynamic=False) for net in nets]  # other names for the same weights
     step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
     if graphed:
         inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
-        step = graphed(step, inputs, run.stateful.values())
+        with explained("the step cannot become a CUDA graph: go on with --no-graph", RuntimeError):
+            step = graphed(step, inputs, run.stateful.values())
     return step
 
 

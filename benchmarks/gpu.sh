@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu.sh              from the root of the project, with the Python that shall be used on PATH
 #
 # Goes on after a failure and says at the end what failed; results are in benchmarks/results/*_cuda.{json,md},
-# logs in runs/gpu/. PYTHON names another interpreter. Seen on an H200: build half a minute, tests a minute or two; the
-# sanitisers need minutes each.
+# logs in runs/gpu/. PYTHON names another interpreter. Seen on an H200, one by one: build half a minute, CUDA tests 76 s
+# of test time, step (--only all) 56 s, ops without torch.compile 25 s; a sanitiser was not through in 50 s.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python}

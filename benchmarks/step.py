@@ -343,7 +343,8 @@ def measure(rows, threads, options, size, profiles=()):
         ratio = statistics.median(a / b for a, b in zip(times[0], got, strict=True))
         share = flops / median / peaks[row["precision"]] if peaks else None
         results.append({
-            **row, "threads": threads, "batch": pictures, "ms": round(median * 1e3, 2), "spread": round(spread, 3),
+            **row, "allocator": "torch's" if options.device == "cuda" else row["allocator"], "threads": threads,
+            "batch": pictures, "ms": round(median * 1e3, 2), "spread": round(spread, 3),
             "img/s": round(pictures / median, 1), "ratio": round(ratio, 3), "share of peak": share and round(share, 3),
             "gflop a picture": round(flops / pictures / 1e9, 3), "operators": launches, "rounds": len(got),
             "round ms": [round(t * 1e3, 2) for t in got],
@@ -376,6 +377,8 @@ def to_markdown(groups, device):
         if group not in groups:
             continue
         found, columns = groups[group], dict(COLUMNS)
+        if device == "cuda":
+            columns["launches"] = columns.pop("operators")
         if group == "presets":
             columns.pop("x reference")
             columns["useful GFLOP a picture"] = "gflop a picture"

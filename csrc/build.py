@@ -133,11 +133,13 @@ def find_cuda():
 
 
 def architectures():
-    """-> what to compile CUDA for: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the default."""
+    """-> what to compile CUDA for: the numbers in TORCH_CUDA_ARCH_LIST (a name, such as Hopper, tells load() nothing),
+    else the GPUs that are here, else the default."""
     import torch
 
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return ";".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(",", ";").split())
+    asked = re.findall(r"\d+\.\d+[af]?(?:\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if asked:
+        return ";".join(asked)
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
@@ -212,7 +214,8 @@ def build_command(say):
                     except (Exception, SystemExit) as error:  # torch and setuptools raise what they like
                         why = f"{error}" or type(error).__name__
                 lines = [line.strip() for line in (output.text + (why or "")).splitlines() if line.strip()]
-                telling = [line for line in lines if "error" in line.lower()] or [why]
+                fatal = [line for line in lines if "fatal" in line.lower()]  # of nvcc
+                telling = fatal or [line for line in lines if "error" in line.lower()] or [why]
                 say(kind, f"did not compile: {telling[0][:200]}" if why else "built")
                 vars(self.compiler).clear()
                 vars(self.compiler).update(compiler)  # torch wraps its methods anew for each

@@ -21,24 +21,27 @@ def graphed(step, inputs, parts):
             every parameter, buffer and optimiser state is put back; state created there is reset to zero, where
             Adam's begins.  Random states move on: seed before the next step.
 
-    Raises: RuntimeError from CUDA, if something in `step` cannot be captured.
+    Raises: RuntimeError from CUDA, if something in `step` cannot be captured; `parts` are as they were.
     Source: pytorch.org/docs/stable/notes/cuda.html, whole-network capture.
     """
     parts = list(parts)
     before = {tensor: tensor.detach().clone() for tensor in _tensors(parts)}
     inputs = [x.clone() for x in inputs]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        numbers = step(*inputs)
-    with torch.no_grad():
-        for tensor in _tensors(parts):
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+    try:
+        with torch.cuda.device(inputs[0].device):  # streams are of the device that is current
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, stream=side):
+                numbers = step(*inputs)
+    finally:
+        with torch.no_grad():
+            for tensor in _tensors(parts):
+                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
 
     def replay(*new):
         for x, y in zip(inputs, new, strict=True):

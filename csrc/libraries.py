@@ -120,6 +120,8 @@ def find(kind):
             continue
         if facts["sources"] != build.source_hash(kind):
             why = f"{path} is of other sources ({facts['sources']}, not {build.source_hash(kind)})"
+        elif kind == "cuda" and facts["cuda"].split(".")[0] != str(torch.version.cuda).split(".")[0]:
+            why = f"{path} is of CUDA {facts['cuda']}, torch of CUDA {torch.version.cuda}"
         elif kind == "cuda" and not covers(facts["architectures"]):
             why = f"{path} is compiled for {facts['architectures']}, not for this GPU"
         else:
@@ -156,6 +158,8 @@ def build_here(kind):
     """
     from filelock import FileLock  # comes with torch
 
+    if kind == "cuda" and not covers(build.architectures()):
+        raise Unavailable(f"TORCH_CUDA_ARCH_LIST asks for {build.architectures()}, which this GPU cannot run: unset it")
     root = next((r for r in _roots() if _writable(r)), None)
     if root is None:
         raise Unavailable(f"neither {_roots()[0]} nor {_roots()[1]} can be written: set TORCH_EXTENSIONS_DIR")

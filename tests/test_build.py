@@ -193,6 +193,33 @@ def test_architectures_cover():
     assert not covers("9.0a", (9, 1)) and not covers("10.0a", (9, 0)) and not covers("", (9, 0))
 
 
+@pytest.mark.parametrize(
+    "asked, list",
+    [("", "7.5"), ("9.0a", "9.0a"), ("8.0, 9.0+PTX", "8.0;9.0+PTX"), ("8.6;", "8.6"), ("Hopper", "7.5"),
+     ("Ampere;8.9", "8.9"), ("native", "7.5")],
+)  # fmt: skip
+def test_architectures_asked_for(monkeypatch, asked, list):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert build.architectures() == list
+    if not ops.libraries.covers(list):  # said before a minute of compiling
+        with pytest.raises(ops.Unavailable, match="which this GPU cannot run: unset it"):
+            ops.libraries.build_here("cuda")
+
+
+def test_a_cuda_library_of_another_cuda_is_passed_by(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops.libraries, "HERE", tmp_path)
+    facts = {"sources": build.source_hash("cuda"), "cuda": "12.6", "architectures": "9.0"}
+    (tmp_path / build.file_name("cuda")).write_bytes(b"dcgan-ops-facts " + json.dumps(facts).encode())
+    monkeypatch.setattr(ops.libraries, "_roots", lambda: [])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "is of CUDA 12.6, torch of CUDA 13.0" in ops.libraries.find("cuda")[1]
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # of one major version: they go together
+    assert ops.libraries.find("cuda")[0]
+
+
 def test_a_cuda_library_that_fails_leaves_the_cpu_whole(project):
     """Asking for CUDA first, in vain, must not cost the CPU ops their gradients."""
     ops.load("cpu")

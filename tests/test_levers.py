@@ -82,7 +82,8 @@ class StandIn:
         self.plain, self.calls = step, []
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
         self.Stream, self.current_stream = (lambda: stream), (lambda: stream)
-        self.stream, self.CUDAGraph, self.graph = contextlib.nullcontext, (lambda: self), contextlib.nullcontext
+        self.stream = self.device = contextlib.nullcontext
+        self.CUDAGraph, self.graph = (lambda: self), (lambda graph, stream: contextlib.nullcontext())
 
     def step(self, *inputs):
         self.calls.append((inputs, self.plain(*inputs)))
@@ -112,6 +113,25 @@ def test_a_graph_trains_as_the_plain_step_and_its_capture_changes_nothing(preset
     for i in range(begun, begun + 5):
         assert torch.equal(step(*inputs_of(plain, i)), replay(*inputs_of(other, i)))
     assert not differing(everything(plain), everything(other))
+
+
+def test_a_step_that_cannot_be_captured_leaves_all_as_it_was(start, monkeypatch):
+    run = start("best", "run")
+    step = dcgan.choose_step(run)
+
+    def fails(*inputs):
+        step(*inputs)
+        raise RuntimeError("not permitted when stream is capturing")
+
+    stand_in = StandIn(fails)
+    monkeypatch.setattr(csrc.graph, "torch", types.SimpleNamespace(
+        cuda=stand_in, no_grad=torch.no_grad, is_tensor=torch.is_tensor))  # fmt: skip
+    before = everything(run)
+    with pytest.raises(RuntimeError, match="capturing"):
+        csrc.graph.graphed(fails, inputs_of(run, 0), run.stateful.values())
+    after = everything(run)
+    assert not differing({n: t for n, t in after.items() if n in before}, before)
+    assert not any(t.any() for n, t in after.items() if n not in before)
 
 
 def test_the_shapes_of_a_step_are_one_shape_or_broadcast_to_it_when_the_noise_ends(tiny):
