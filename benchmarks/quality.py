@@ -196,14 +196,24 @@ def classify(net, x, device):
     return torch.cat([net(part.to(device)).softmax(1).cpu() for part in x.split(500)])
 
 
+def resized(x, size):
+    """Pictures (n, 1, H, W) of 0 to 255 -> (n, 1, size, size), whole numbers as a file would hold them."""
+    same = x.shape[-1] == size
+    return x if same else F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+
+
 def digits(x, folder, path, device):
-    """Fakes (n, 1, 28, 28) uint8 -> the share of each digit, and of pictures that a classifier is 0.9 sure of."""
+    """Fakes (n, 1, H, W) uint8 -> the share of each digit, and of pictures that a classifier is 0.9 sure of; that share
+    of the real test digits, too, once they were as large as these."""
     net, accuracy = train_classifier(folder, path, device)
     if accuracy < 0.99:
         raise SystemExit(f"quality.py: the classifier is right in {accuracy:.2%} only; remove {path} and try again")
-    sure, digit = classify(net, x / 255, device).max(1)
-    shares = (torch.bincount(digit, minlength=10) / len(x)).tolist()
-    return {"confident": (sure >= 0.9).float().mean().item(), "shares": shares, "accuracy": accuracy}
+    real = resized(read_digits(folder, "t10k")[0] * 255, x.shape[-1])
+    found = (classify(net, resized(pictures, 28) / 255, device) for pictures in (x, real))
+    of_fakes, of_reals = (probabilities.max(1) for probabilities in found)
+    confident, confident_real = ((sure >= 0.9).float().mean().item() for sure, _ in (of_fakes, of_reals))
+    shares = (torch.bincount(of_fakes.indices, minlength=10) / len(x)).tolist()
+    return {"confident": confident, "confident_real": confident_real, "shares": shares, "accuracy": accuracy}
 
 
 # ---------------------------------------------------------------------------------------- score
@@ -267,7 +277,7 @@ def score(args):
     G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
     file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
     c, step = G.config, dcgan.load(file)["step"]
-    idx = dcgan.find_idx(args.reals) if (c.nc, c.image_size) == (1, 28) else None  # digits
+    idx = dcgan.find_idx(args.reals) if c.nc == 1 else None  # digits
     if not args.weights and not idx:
         raise ValueError("score needs --weights, the FID Inception, for all but MNIST's digits")
     fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
@@ -351,13 +361,16 @@ def table(results):
         machines = sorted({f"{r['machine']}; torch-fidelity {r['torch_fidelity']}" for r in group})
         lines += ["", f"Measured on {', and on '.join(machines)}."]
     if any("digits" in r for r in results):
-        lines += ["", "## Digits", "", "Confident: the classifier is 0.9 sure, or more.", ""]
-        head = ["recipe", "pictures seen", "seed", "fakes", "confident", *"0123456789", "classifier right", "minutes"]
+        lines += ["", "## Digits", "", "Confident: the classifier is 0.9 sure, or more. Of real ones: of the test "
+                  "digits, resized as the fakes were.", ""]  # fmt: skip
+        head = ["recipe", "pictures seen", "seed", "fakes", "confident", "of real ones", *"0123456789"]
+        head += ["classifier right", "minutes"]
         lines += [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head))]
         for r in (r for r in results if "digits" in r):
             d, time = r["digits"], f"{r['minutes']:.0f}" if r["minutes"] else "-"
             cells = [r["name"].split(" seed ")[0], f"{r['pictures']:,}", str(r["seed"]), f"{r['fakes']:,}"]
-            cells += [f"{d['confident']:.1%}", *(f"{s:.1%}" for s in d["shares"]), f"{d['accuracy']:.2%}", time]
+            cells += [f"{d['confident']:.1%}", f"{d['confident_real']:.1%}" if "confident_real" in d else "-"]
+            cells += [*(f"{s:.1%}" for s in d["shares"]), f"{d['accuracy']:.2%}", time]
             lines += [f"| {' | '.join(cells)} |"]
         lines += ["", f"Measured on {', and on '.join(sorted({r['machine'] for r in results if 'digits' in r}))}."]
     return [*lines, ""]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import real_data
 
 import dcgan
@@ -112,20 +113,34 @@ def test_the_table_keeps_fingerprints_apart_and_seeds_together():
 # ---------------------------------------------------------------------------------------- digits
 
 
-def test_the_shares_of_digits_are_counted(monkeypatch, tmp_path):
-    scores = torch.eye(10)[[3, 3, 3, 7]] * torch.tensor([20.0, 20.0, 0.1, 20.0])[:, None]  # the third is unsure
+@pytest.mark.parametrize("size", [28, 32])
+def test_the_shares_of_digits_are_counted(size, monkeypatch, tmp_path):
+    """A stand-in for the classifier: the digit is 1/25 of the mean, and it is sure of it where the picture is grey."""
+
+    def net(x):
+        assert x.shape[1:] == (1, 28, 28) and x.min() >= 0 and x.max() <= 1
+        sure = 20.0 * (x.flatten(1).std(1) < 1e-3)
+        return F.one_hot((x.mean((1, 2, 3)) * 255 / 25).round().long(), 10) * sure[:, None]
+
+    def grey(*digits):
+        return torch.tensor([25 * digit for digit in digits]).view(-1, 1, 1, 1).expand(-1, 1, size, size).clone()
+
+    fake, real = grey(3, 3, 3, 7).to(torch.uint8), grey(1, 2)[..., :28, :28] / 255
+    fake[2, 0, : size // 2], real[1, 0, 0] = 250, 0  # unsure
     globals_ = QUALITY["digits"].__globals__
-    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (lambda x: scores, 0.995))
-    found = QUALITY["digits"](torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path, tmp_path / "c.pt", CPU)
-    assert found["confident"] == 0.75 and found["shares"][3] == 0.75 and found["shares"][7] == 0.25
-    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (lambda x: scores, 0.98))
+    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (net, 0.995))
+    monkeypatch.setitem(globals_, "read_digits", lambda *_: (real, None))
+    found = QUALITY["digits"](fake, tmp_path, tmp_path / "c.pt", CPU)
+    assert found["confident"] == 0.75 and found["shares"][3] == 0.5 and found["shares"][7] == 0.25
+    assert found["confident_real"] == 0.5 and found["accuracy"] == 0.995
+    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (net, 0.98))
     with pytest.raises(SystemExit, match="right in 98"):
-        QUALITY["digits"](torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path, tmp_path / "c.pt", CPU)
+        QUALITY["digits"](fake, tmp_path, tmp_path / "c.pt", CPU)
 
 
-@pytest.mark.parametrize("preset", ["mnist", "best"])
-def test_digits_are_scored_without_inception(preset, tiny, tmp_path, monkeypatch):
-    c = tiny(preset=preset, data=str(real_data("mnist")), image_size=28, nc=1, steps=1)
+@pytest.mark.parametrize("preset, size", [("mnist", 28), ("best", 28), ("best", 32)])
+def test_digits_are_scored_without_inception(preset, size, tiny, tmp_path, monkeypatch):
+    c = tiny(preset=preset, data=str(real_data("mnist")), image_size=size, nc=1, steps=1)
     assert dcgan.train(c) == 0
     monkeypatch.setitem(QUALITY["digits"].__globals__, "train_classifier", lambda *_: (classifier.eval(), 0.995))
     classifier = QUALITY["classifier"]()
