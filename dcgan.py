@@ -47,10 +47,12 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,8 @@ from torchvision.transforms.v2 import functional as T
 from tqdm import tqdm
 
 FORMAT = 1  # of checkpoints and caches: a file of another format is refused, never guessed at
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them this is: as torchrun sets them
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
 class UserError(Exception):
@@ -136,8 +139,8 @@ class Config:
     noise: float = opt(0.0, "std of noise on D's input, falling linearly to 0 [6]")
     noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start")
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
-    lr_g: float = opt(5e-4, "learning rate of G; --lr sets both")
-    lr_d: float = opt(5e-4, "learning rate of D [7]")
+    lr_g: float = opt(5e-4, "learning rate of G; --lr sets both", high=1)
+    lr_d: float = opt(5e-4, "learning rate of D [7]", high=1)
     beta1: float = opt(0.5, "Adam: decay of the mean gradient", high=1 - 1e-9)
     beta2: float = opt(0.999, "Adam: decay of the mean squared gradient", high=1 - 1e-9)
     adam_eps: float = opt(1e-8, "Adam: added to its root")
@@ -212,8 +215,8 @@ def key(*parts):
 def say(*lines):
     """Print, on the first process only, and above the progress bar if there is one."""
     if RANK == 0:
-        text = "\n".join(lines).encode(errors="replace").decode()  # names of files can hold any bytes
-        tqdm.write(text, file=sys.stdout)
+        code = sys.stdout.encoding or "utf-8"  # names of files can hold what the terminal cannot show
+        tqdm.write("\n".join(lines).encode(code, errors="replace").decode(code), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -244,7 +247,7 @@ def written_whole(path):
             os.fsync(file.fileno())
         os.replace(half, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; what stood there before is intact") from None
+        raise UserError(f"cannot write {path}: {e.strerror or e}; what stood there before is intact") from None
     finally:
         with contextlib.suppress(OSError):  # it is gone already, if all went well
             half.unlink()
@@ -299,12 +302,13 @@ def find_idx(path):
     if path.is_file():
         return path if re.search(r"idx3-ubyte(\.gz)?$", path.name) else None
     folders = (path, path / "raw", path / "MNIST" / "raw")
-    return next((file for folder in folders for file in sorted(folder.glob("train-images[-.]idx3-ubyte*"))), None)
+    found = (file for folder in folders for file in sorted(folder.glob("train-images[-.]idx3-ubyte*")))
+    return next(filter(Path.is_file, found), None)
 
 
 def read_idx(path):
     """-> (n, H, W) uint8, the pictures of an idx file, plain or .gz.  Raises UserError if its header lies."""
-    with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError):
+    with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError, zlib.error):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, n, h, w = np.frombuffer(file.read(16), ">u4").tolist()
             body = file.read(min(n * h * w, 1 << 32) + 1)
@@ -314,10 +318,10 @@ def read_idx(path):
 
 
 def list_files(root):
-    """-> the names of all files in all of root, sorted.  Opens none."""
+    """-> the names of all files in all of root but runs, which hold pictures of their own, sorted.  Opens none."""
     found, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:  # by a link that loops
+    for folder, subfolders, names in os.walk(root, onerror=lambda e: say(f"left out: {e}"), followlinks=True):
+        if os.path.realpath(folder) in seen or {"config.json", "log.jsonl"} <= set(names):  # a link that loops, a run
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
@@ -336,7 +340,7 @@ def decode(picture, c):
         x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
         high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1  # floats: of 0 to 255, or 0 to 1
         picture = Image.fromarray((x * (255 / max(x.max(), high))).clip(0, 255).astype(np.uint8))
-    elif picture.has_transparency_data:  # over white, as a page would show it
+    elif picture.mode.endswith(("A", "a")) or "transparency" in picture.info:  # over white, as a page would show it
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == mode else picture.convert(mode)
@@ -373,7 +377,7 @@ class Pictures(torch.utils.data.Dataset):
         if self.kind in ("drawn", "idx"):
             return range(DRAWN if self.kind == "drawn" else len(self.source))
         what = f"--data {self.root} is no folder, .zip or idx file; give one"
-        with explained(what, zipfile.BadZipFile, NotImplementedError):
+        with explained(what, zipfile.BadZipFile, NotImplementedError, ValueError):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
         pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
         pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
@@ -409,11 +413,18 @@ class Pictures(torch.utils.data.Dataset):
             return f"{self.names[i]}: {type(e).__name__}: {' '.join(str(e).split())}"
 
 
+def leave_with_parent(_):
+    """For a worker: without it, those of a process that is killed wait for ever at a pipe that nobody reads."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def decode_all(pictures, c, array, index):
     """Decode in parallel into the file `array`, (n, H, W, nc) uint8 in the order of names; then write `index`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
-    loader = torch.utils.data.DataLoader(pictures, 32, num_workers=workers, collate_fn=list)
+    flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
+    loader = torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags)
     left_out = []
     with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
         for batch in loader:
@@ -483,7 +494,9 @@ def download(name, root):
         by_hand = "it needs pip install -e '.[download]'; if the quota of its server is spent, give --data the zip of"
         by_hand += " kaggle datasets download -d jessicali9530/celeba-dataset"
     with explained(f"--download {name} into {root} cannot be; {by_hand}", Exception):  # no network, gdown or quota
-        fetch(root, download=True)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(root) / ".lock"):  # one process fetches, the others find it there
+            fetch(root, download=True)
     return root
 
 
@@ -805,6 +818,8 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
         good = apply_gradients(opt_d, loss_d, good)
     good = apply_gradients(opt_g, loss_g, good)
 
+    if buffers:  # a variance overflows before a loss does
+        good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
     for now, old in zip(buffers, before, strict=True):
         now.copy_(torch.where(good, now, old))
     if ema is not None:
@@ -883,7 +898,7 @@ def grid(x, columns=0):
 
 
 def save_picture(picture, path, **options):
-    with written_whole(path) as file:
+    with explained(f"cannot write {path}", ValueError), written_whole(path) as file:  # WebP: 16,383 pixels at most
         picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
 
 
@@ -936,7 +951,7 @@ def choose_device(name):
     name = best if name == "auto" else name
     with explained(f"--device {name} cannot be used here; this machine has {best}", RuntimeError, AssertionError):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     return device
 
 
@@ -984,7 +999,8 @@ def stopping(limit):
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number) if number >= 0 else None
 
-    handlers = {number: signal.signal(number, caught) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, caught) for number in numbers}  # only the main thread gets any
     try:
         yield code
     finally:
@@ -1007,27 +1023,37 @@ def open_run(c, given):
         old = config(**json.loads((folder / "config.json").read_text()))
     asked = {name: getattr(c, name) for name in given | {"run", "resume", "time_limit"}}
     c = dataclasses.replace(old, **({"steps": 0} if "epochs" in given else {}) | asked)
-    if not any(folder.glob("*.pt")):  # the run was stopped before its first one
-        return c, None
-    saved = load(folder / "checkpoint.pt")
+    saved = load(folder / "checkpoint.pt") if any(folder.glob("*.pt")) else None  # None: stopped before its first one
     for name in FIELDS.keys() - MAY_CHANGE:
-        now, begun = getattr(c, name), getattr(saved["config"], name)
-        if now != begun:
-            what = f"{folder / 'checkpoint.pt'} cannot go on with {name} {now!r}: it began with {begun!r}"
+        now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
+        moved = name == "data" and begun and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve())
+        if now != begun and not moved:
+            what = f"{folder} cannot go on with {name} {now!r}: it began with {begun!r}"
             raise UserError(f"{what}. Leave it out, or begin another run with --run")
     return c, saved
 
 
-def set_up(c, given=frozenset()):
-    """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
-    c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
+@contextlib.contextmanager
+def claimed(c):
+    """with claimed(c) as c: a Config of its own that names the run's folder, where this process alone trains."""
+    if c.download and not c.data:
+        c = dataclasses.replace(c, data=download(c.download, ""))
+    c = dataclasses.replace(c, run=c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}")
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(c.run) / ".lock")  # held as long as the process lives
+    lock = FileLock(Path(c.run) / ".lock")  # that of a dead process is free
     if RANK == 0:
         with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
             lock.acquire(timeout=0)
+    try:
+        yield c
+    finally:
+        lock.release()
+
+
+def set_up(c, given=frozenset()):
+    """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
     c, saved = open_run(c, given)
     device = choose_device(c.device)
     if WORLD > 1 and not dist.is_initialized():  # all processes have looked into the folder before any writes there
@@ -1035,6 +1061,8 @@ def set_up(c, given=frozenset()):
     c.precision = choose_precision(c.precision, device)
     if c.batch_size % WORLD:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple")
+    if c.family == "mnist" and c.batch_size == WORLD:
+        raise UserError("--batch-size: BatchNorm of a dense layer needs 2 pictures or more in each process")
     tune(c, device)
     ops, graphed = choose_ops(c.fused, device), choose_graphed(c, device)
     if "graph" in given and c.graph and not graphed:
@@ -1056,7 +1084,7 @@ def set_up(c, given=frozenset()):
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
     flags = {"fused": True, "capturable": device.type == "cuda"}
     hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **flags)
-    run = types.SimpleNamespace(c=c, folder=Path(c.run), lock=lock, device=device, pictures=pictures, G=G, D=D, step=0)
+    run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, G=G, D=D, step=0)
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
     run.stateful = {"G": G, "D": D, "opt_g": run.opt_g, "opt_d": run.opt_d} | ({"ema": run.ema} if c.ema else {})
@@ -1148,7 +1176,7 @@ def report(run, bar):
         raise UserError(f"{what}: {go_on}begin again with a lower --lr")
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), **means}
     step, moment = run.reported
-    row |= {"img_s": round((run.step - step) * c.batch_size / (now - moment), 1)}
+    row |= {"img_s": round((run.step - step) * c.batch_size / max(now - moment, 1e-9), 1)}
     row |= {"skipped": skipped} if skipped else {}
     run.reported = run.step, now
     numbers = "D {loss_d:.3f}, G {loss_g:.3f}, D(x) {d_x:.2f}, D(G(z)) {d_gz:.2f}, {img_s:.0f} img/s"
@@ -1202,13 +1230,8 @@ def end_epoch(run, epoch):
             old.unlink()
 
 
-def train(c, given=None):
-    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.  `given` names
-    what a resumed run is to change; None: all in which c is not its preset."""
-    if given is None:
-        preset = config(c.preset)
-        given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
-    run = set_up(c, given)
+def loop(run):
+    """Train run from its step to its last -> the exit code."""
     step, c, n = choose_step(run), run.c, len(run.pictures)
     if RANK == 0:
         open_folder(run)
@@ -1243,8 +1266,17 @@ def train(c, given=None):
             say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
             say(f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63")
             say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step == run.total))
-    run.lock.release()
     return code or 0
+
+
+def train(c, given=None):
+    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.  `given` names
+    what a resumed run is to change; None: all in which c is not its preset."""
+    if given is None:
+        preset = config(c.preset)
+        given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
+    with claimed(c) as c:
+        return loop(set_up(c, given))
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -1292,14 +1324,15 @@ def generate(argv):
 
 def interpolate(argv, frames=24):
     """A closed walk through the z of seeds, on the sphere near which normal z of many dimensions lie [9]."""
-    what = "a .gif; the strip is the .png beside it (interpolation.gif in the run)"
+    what = "a .gif, or a folder for it; the strip is the .png beside it (interpolation.gif in the run)"
     paint, c, seeds, folder, out = read_arguments("interpolate", argv, "0-5", what)
     z, walk, t = latent(seeds, c.nz), [], torch.arange(frames)[:, None] / frames
     for a, b in zip(z, z.roll(-1, 0), strict=True):
         angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-0.9999, 0.9999))
         walk.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle))
     x = paint(torch.cat(walk))
-    out = (out or folder / "interpolation.gif").with_suffix(".gif")
+    out = out or folder / "interpolation.gif"
+    out = out.with_suffix(".gif") if out.suffix.lower() in SUFFIXES else out / "interpolation.gif"
     size = c.image_size * max(1, 256 // c.image_size)
     save_gif([T.to_pil_image(picture).resize((size, size)) for picture in x], out, 60)
     save_picture(grid(x[:: frames // 8], columns=8), out.with_suffix(".png"))

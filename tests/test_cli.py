@@ -436,6 +436,25 @@ def test_the_walk_stays_where_normal_z_lie(monkeypatch, trained, run_main):
     assert Image.open(trained.folder / "interpolation.gif").n_frames == 96
 
 
+@pytest.mark.parametrize("out, gif", [("w.png", "w.gif"), ("w", "w/interpolation.gif"), (".", "interpolation.gif")])
+def test_a_walk_is_written_as_its_name_says(out, gif, trained, run_main, tmp_path):
+    assert run_main("interpolate", trained.folder, "--seeds", "3,7", "--out", out, "--device", "cpu").code == 0
+    assert (tmp_path / gif).exists() and (tmp_path / gif).with_suffix(".png").exists()
+
+
+def test_a_grid_too_large_for_its_format_is_one_line(trained, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(dcgan, "grid", lambda x, columns=0: Image.new("RGB", (20000, 2)))
+    done = run_main("generate", trained.folder, "--seeds", "1", "--out", tmp_path / "x.webp", "--device", "cpu")
+    assert "x.webp" in one_line(done) and not (tmp_path / "x.webp").exists()
+
+
+def test_names_that_the_terminal_cannot_show_end_no_run(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    dcgan.say("pictures of \u65e5\u672c")
+    assert out.buffer.getvalue().strip() == b"pictures of ??"
+
+
 @pytest.mark.parametrize("seeds", ["5", "5,5"])
 def test_a_walk_of_one_seed_stands_still(seeds, trained, run_main, generate, tmp_path):
     out = tmp_path / "w.gif"
@@ -479,6 +498,9 @@ WRONG = {
     "negative steps": ("--steps -1", "steps.*-1"),
     "time limit": ("--time-limit soon", "soon.*90s"),
     "device": ("--device abacus", "abacus"),
+    "device without numbers": ("--device meta", "meta"),
+    "rate beyond all": ("--lr-g 1e9", "lr_g.*1000000000.*to 1"),
+    "BatchNorm of one": ("--preset mnist --batch-size 1", "batch-size.*2"),
     "resume of nothing": ("--run none --resume", "none"),
     "generate from nothing": ("generate none", "none"),
     "generate from a text": ("generate notes.txt", "notes.txt"),

@@ -115,6 +115,31 @@ def test_a_folder_that_is_a_link_is_followed(tmp_path, config):
     assert len(dcgan.load_pictures(config(tmp_path / "p"))) == 2
 
 
+def test_runs_among_the_pictures_are_left_out(tmp_path, config, monkeypatch):
+    """--data . would learn from its own samples, once it goes on."""
+    make_pictures(tmp_path, 9)
+    monkeypatch.chdir(tmp_path)
+    tiny = dict(image_size=16, ngf=4, ndf=4, batch_size=8, samples=4, steps=2)
+    assert dcgan.train(dcgan.config("demo", data=".", cache="cache", run="runs/a", **tiny)) == 0
+    assert (tmp_path / "runs" / "a" / "samples" / "real.png").exists()
+    assert len(dcgan.load_pictures(config("."))) == 9
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, config, capsys, monkeypatch):
+    make_pictures(tmp_path / "p", 2)
+    make_pictures(tmp_path / "p" / "closed", 2)
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(dcgan.load_pictures(config(tmp_path / "p"))) == 2
+    assert "closed" in capsys.readouterr().out
+
+
 def test_what_is_no_plain_file_is_no_picture_whatever_its_name(tmp_path, config):
     make_pictures(tmp_path / "p", 2)
     os.mkfifo(tmp_path / "p" / "pipe.jpg")  # opening it would wait for ever
@@ -261,6 +286,29 @@ def test_idx_files_are_found_where_people_keep_them(gz, place, name, tmp_path, c
     for path in (tmp_path / "mnist_dir", folder / (name + ".gz" * gz)):
         x = dcgan.load_pictures(config(path, preset="mnist", image_size=28))
         assert torch.equal(x, expected)
+
+
+def test_an_idx_file_beside_a_folder_of_its_name_is_found(tmp_path):
+    """As Kaggle's archive of MNIST unpacks."""
+    (tmp_path / "train-images-idx3-ubyte").mkdir()
+    (tmp_path / "train-images.idx3-ubyte").write_bytes(idx()[0])
+    assert dcgan.find_idx(tmp_path) == tmp_path / "train-images.idx3-ubyte"
+
+
+def test_a_damaged_gzip_is_one_line(tmp_path, config):
+    data = bytearray(gzip.compress(idx()[0]))
+    data[10:400] = b"\xff" * 390
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
+    with pytest.raises(dcgan.UserError, match="no whole idx file"):
+        dcgan.load_pictures(config(tmp_path, preset="mnist", image_size=28))
+
+
+def test_a_zip_whose_names_are_damaged_is_one_line(tmp_path, config):
+    archive = zipped(tmp_path / "p.zip", {"\u00fc.png": b"x"})
+    data = Path(archive or tmp_path / "p.zip").read_bytes().replace("\u00fc".encode(), b"\xff\xff")
+    (tmp_path / "p.zip").write_bytes(data)
+    with pytest.raises(dcgan.UserError, match="no folder, .zip"):
+        dcgan.load_pictures(config(tmp_path / "p.zip"))
 
 
 def test_idx_pictures_can_be_three_channels_and_another_size(tmp_path, config):
@@ -869,3 +917,11 @@ def test_a_download_that_cannot_be_says_what_to_do_by_hand(name, tmp_path, monke
     assert "Too many users" in str(e.value) and "\n" not in str(e.value)
     if name == "celeba":
         assert "kaggle datasets download -d jessicali9530/celeba-dataset" in " ".join(str(e.value).split())
+
+
+def test_from_python_a_download_is_made(tiny, tmp_path, monkeypatch, faces):
+    asked = []
+    monkeypatch.setattr(dcgan, "download", lambda name, root: asked.append(name) or str(faces))
+    c = tiny(steps=1, data="", download="celeba")
+    assert dcgan.train(c) == 0 and asked == ["celeba"]
+    assert dcgan.load(Path(c.run) / "generator.pt")["config"].data == str(faces)

@@ -150,6 +150,29 @@ def test_a_cache_build_with_many_workers_is_killed_and_built_again(start, tmp_pa
     assert time.monotonic() - begun < 20
 
 
+def test_the_workers_of_a_killed_build_go_with_it(start, tmp_path, data):
+    """They would wait for ever at a pipe that nobody reads, hundreds of megabytes each."""
+    argv = again(tmp_path, data, tmp_path / "cache", "--workers 2 --image-size 64")
+    run = start(argv, "slow_pictures:0.1")
+    run.until(lambda: list((tmp_path / "cache").rglob("*.half")), 30)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    run.until(lambda: len(children.read_text().split()) >= 2, 10)
+    time.sleep(0.5)  # they have asked for their end by now
+    workers = [Path(f"/proc/{pid}/stat") for pid in children.read_text().split()]
+    run.signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+
+    def alive(stat):
+        with contextlib.suppress(OSError):
+            return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    until = time.monotonic() + 2
+    while any(map(alive, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
 def test_what_a_killed_build_left_goes_when_other_pictures_are_built(start, tmp_path, data):
     """A half cache of another data set may be gigabytes: nobody would ever look for it."""
     run = start(command(tmp_path, data, tmp_path / "cache"), "die_writing:1")

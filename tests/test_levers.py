@@ -24,7 +24,6 @@ def start(tiny, tmp_path):
         run = dcgan.set_up(c)
         for net in (run.G, run.D, run.ema):
             net.double()
-        run.lock.release()
         return run
 
     return make

@@ -205,6 +205,22 @@ def test_a_few_bad_steps_are_counted_and_the_run_goes_on(arguments, tmp_path, mo
     assert all(0 < line["loss_d"] < 10 for line in lines)  # means of the good steps, and valid JSON
 
 
+@pytest.mark.parametrize("preset", ["best", "mnist"])
+def test_a_variance_that_overflows_reaches_no_checkpoint(arguments, tmp_path, monkeypatch, preset):
+    """The loss and every gradient are finite, for BatchNorm divides by what overflows."""
+    plain = dcgan.draw_inputs
+
+    def draw_inputs(c, pictures, step, device):
+        real, z, noise = plain(c, pictures, step, device)
+        return real, z * 1e30 if step == 5 else z, noise
+
+    monkeypatch.setattr(dcgan, "draw_inputs", draw_inputs)
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 8 --ema 0.9 --report-every 4", preset=preset)) == 0
+    assert finite(saved(tmp_path / "run" / "checkpoint.pt"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line.get("skipped", 0) for line in lines] == [0, 1]
+
+
 def test_bad_steps_around_a_stop_are_counted_once(arguments, tmp_path, monkeypatch):
     """The sums of a report that a stop cuts in two are in the checkpoint."""
     poison(monkeypatch, 5, 7)

@@ -1,8 +1,11 @@
 """N steps in one go are k steps, a stop, --resume and N - k steps: to the bit, whatever stopped the run."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
+import threading
 import types
 from pathlib import Path
 
@@ -212,6 +215,10 @@ def another(name):
     return {bool: not old, int: 8 if name in ("nz", "ngf", "ndf") else 3, float: 0.123, str: "elsewhere"}[f.type]
 
 
+def vars_of(argv):
+    return {name: value for name, value in dcgan.read_options(argv).items() if name != "preset"}
+
+
 FIXED = [name for name in dcgan.FIELDS if name not in dcgan.MAY_CHANGE]
 
 
@@ -239,7 +246,20 @@ def test_what_makes_the_experiment_cannot_change(short, name, capsys):
 
 def test_what_was_given_again_unchanged_is_no_change(short, data):
     argv = ["--preset", "demo", "--image-size", "16", "--nz", "6", "--seed", "0", "--batch-size", "8"]
-    assert dcgan.main([*argv, "--data", str(data), "--run", str(short), "--resume"]) == 0
+    for path in (data, data / ".." / data.name):
+        assert dcgan.main([*argv, "--data", str(path), "--run", str(short), "--resume"]) == 0
+
+
+def test_pictures_that_were_moved_can_be_named_anew(arguments, tmp_path, data, capsys):
+    run, here, there = tmp_path / "run", tmp_path / "here", tmp_path / "there"
+    shutil.copytree(data, here)
+    argv = [*arguments(run, "--steps 2"), "--data", str(here)]
+    assert dcgan.main(argv) == 0
+    go_on = ["--run", str(run), "--resume", "--steps", "4", "--data", str(there)]
+    shutil.copytree(data, there)
+    assert dcgan.main(go_on) == 2 and "data" in capsys.readouterr().err  # the old ones are there: these are others
+    shutil.rmtree(here)
+    assert dcgan.main(go_on) == 0 and dcgan.load(run / "checkpoint.pt")["config"].data == str(there)
 
 
 def test_the_options_that_may_change_do(arguments, tmp_path):
@@ -350,6 +370,41 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(arguments, whole
     assert not (run / "checkpoint.pt").exists() and (run / "samples" / "step_000002.png").exists()
     assert dcgan.main(["--run", str(run), "--resume", "--save-every", "5"]) == 0
     same_run(whole(arguments, OFTEN), run)
+
+
+def test_what_makes_the_experiment_cannot_change_before_the_first_checkpoint_either(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert dcgan.main(arguments(run, "--steps 2")) == 0
+    for file in run.rglob("*.pt"):
+        file.unlink()
+    assert dcgan.main(["--run", str(run), "--resume", "--preset", "keras"]) == 2
+    assert "preset 'keras'" in capsys.readouterr().err
+
+
+def test_after_an_error_the_same_process_may_try_again(arguments, tmp_path, monkeypatch):
+    """A notebook keeps the exception, and with it what the frames hold."""
+    c, kept = dcgan.config("demo", **vars_of(arguments(tmp_path / "run", "--steps 2"))), []
+    with monkeypatch.context() as patch:
+        patch.setattr(dcgan, "choose_step", lambda run: (_ for _ in ()).throw(dcgan.UserError("no room")))
+        try:
+            dcgan.train(c)
+        except dcgan.UserError as e:
+            kept.append(e)
+    assert kept and dcgan.train(c) == 0
+
+
+def test_a_run_leaves_the_callers_config_as_it_was(arguments, tmp_path):
+    c = dcgan.config("regularized", **vars_of(arguments(tmp_path / "run", "--steps 2", preset="regularized")))
+    before = dataclasses.asdict(c)
+    assert dcgan.train(c) == 0 and dataclasses.asdict(c) == before
+
+
+def test_a_thread_may_train(arguments, tmp_path):
+    codes, c = [], dcgan.config("demo", **vars_of(arguments(tmp_path / "run", "--steps 2")))
+    thread = threading.Thread(target=lambda: codes.append(dcgan.train(c)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 def test_a_checkpoint_that_was_moved_away_does_not_cost_the_snapshots(arguments, tmp_path, capsys):
