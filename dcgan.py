@@ -818,7 +818,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
         good = apply_gradients(opt_d, loss_d, good)
     good = apply_gradients(opt_g, loss_g, good)
 
-    if buffers:  # a variance overflows before a loss does
+    if buffers:  # a variance can overflow where the loss and the gradients do not
         good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
     for now, old in zip(buffers, before, strict=True):
         now.copy_(torch.where(good, now, old))
@@ -1028,8 +1028,8 @@ def open_run(c, given):
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
         moved = name == "data" and begun and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve())
         if now != begun and not moved:
-            what = f"{folder} cannot go on with {name} {now!r}: it began with {begun!r}"
-            raise UserError(f"{what}. Leave it out, or begin another run with --run")
+            what = f"{folder / ('checkpoint.pt' if saved else 'config.json')} cannot go on with {name} {now!r}"
+            raise UserError(f"{what}: it began with {begun!r}. Leave it out, or begin another run with --run")
     return c, saved
 
 
