@@ -59,7 +59,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
     rounded once.  Deterministic on both.  Source: Ioffe and Szegedy 2015.
     """
     _check_device("bn_leaky_relu", x)
-    if training and x.dim() >= 2 and x.numel() == x.size(1) * groups:
+    if training and x.dim() >= 2 and 0 < x.numel() == x.size(1) * groups:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
             + (f" in {groups} groups" if groups > 1 else "")
@@ -88,7 +88,7 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     Raises:
         RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative.
 
-    Precision: the iteration runs in the weights' dtype whatever autocast says.  Deterministic.
+    Precision: the iteration runs in the weights' dtype or a wider one, whatever autocast says.  Deterministic.
     Source: Miyato et al. 2018; equals torch.nn.utils.parametrizations.spectral_norm step by step.
     """
     weights, us, vs = list(weights), list(us), list(vs)

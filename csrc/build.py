@@ -214,8 +214,9 @@ def build_command(say):
                     except (Exception, SystemExit) as error:  # torch and setuptools raise what they like
                         why = f"{error}" or type(error).__name__
                 lines = [line.strip() for line in (output.text + (why or "")).splitlines() if line.strip()]
-                fatal = [line for line in lines if "fatal" in line.lower()]  # of nvcc
-                telling = fatal or [line for line in lines if "error" in line.lower()] or [why]
+                # with the colon: the command, which ninja repeats, may hold -Werror=...
+                fatal = [line for line in lines if re.search(r"\bfatal( error)?\s*:", line)]  # nvcc's stands first
+                telling = fatal or [line for line in lines if re.search(r"\berror( \w+)?\s*:", line, re.I)] or [why]
                 say(kind, f"did not compile: {telling[0][:200]}" if why else "built")
                 vars(self.compiler).clear()
                 vars(self.compiler).update(compiler)  # torch wraps its methods anew for each

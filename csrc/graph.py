@@ -16,7 +16,7 @@ def graphed(step, inputs, parts):
 
     Args:
         step: takes CUDA tensors, returns one; may change networks and optimisers in place.
-        inputs: tensors of the shapes and dtypes of every later call.
+        inputs: tensors; later ones are copied into these, so each is of the same shape or broadcasts to it.
         parts: the networks and optimisers that `step` changes.  Warm-up and capture train them a few steps, so
             every parameter, buffer and optimiser state is put back; state created there is reset to zero, where
             Adam's begins.  Random states move on: seed before the next step.
@@ -32,10 +32,14 @@ def graphed(step, inputs, parts):
         with torch.cuda.device(inputs[0].device):  # streams are of the device that is current
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    step(*inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            # no capture on the default stream, nor of what is done only once (cuDNN's choice of algorithms, the
+            # optimisers' states): so a few steps on a stream of our own first, then the capture on the same one
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(3):
+                        step(*inputs)
+            finally:
+                torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph, stream=side):
                 numbers = step(*inputs)
     finally:
@@ -49,6 +53,7 @@ def graphed(step, inputs, parts):
         graph.replay()
         return numbers.clone()
 
+    replay.keeps = step, parts  # the graph knows their memory by its address only
     return replay
 
 

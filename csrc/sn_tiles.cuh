@@ -4,7 +4,7 @@
 
 namespace dcgan {
 
-constexpr int kLayers = 16;       // weights in one launch: what fits the 4 KB of kernel parameters
+constexpr int kLayers = 16;       // weights in one launch; 28 would fill the 4 KB of kernel parameters
 constexpr int kTileRows = 8;      // rows of a tile, at most
 constexpr int kTileSize = 32768;  // values of a tile, at most, unless one row has more: 128 KB of L1 cache
 

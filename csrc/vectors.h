@@ -89,14 +89,14 @@ inline void round_to(fp16& y, float x) {  // to nearest even
 #define DCGAN_ELSEWHERE __attribute__((target("default")))
 DCGAN_AVX2 inline void convert(const fp16* x, float* y, int64_t n) {
   int64_t i = 0;
-#pragma GCC unroll 4  // five instructions long, it would run at half the speed across a cache line of code
+#pragma GCC unroll 4  // a loop of five instructions runs at half the speed where it straddles a cache line of code
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
   for (; i < n; ++i) y[i] = widen(x[i]);
 }
 DCGAN_AVX2 inline void convert(const float* x, fp16* y, int64_t n) {
   int64_t i = 0;
-#pragma GCC unroll 4  // five instructions long, it would run at half the speed across a cache line of code
+#pragma GCC unroll 4
   for (; i + 8 <= n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
   for (; i < n; ++i) round_to(y[i], x[i]);
