@@ -11,6 +11,7 @@ statistics and u, v with one copy each.  Numbers, layouts and sources stand at t
 """
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from . import build, libraries
 from .graph import graphed
@@ -53,12 +54,13 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
 
     Raises:
         ValueError: training with one value per channel, as PyTorch.
-        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative.
+        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp.
 
     Precision: statistics in float64 on the CPU and in float32 on CUDA (float64 for float64), the rest in float32,
     rounded once.  Deterministic on both.  Source: Ioffe and Szegedy 2015.
     """
     _check_device("bn_leaky_relu", x)
+    _check_no_tangents("bn_leaky_relu", (x, weight, bias))
     if training and x.dim() >= 2 and 0 < x.numel() == x.size(1) * groups:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
@@ -86,7 +88,7 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
         it is on, else the weights'.
 
     Raises:
-        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative.
+        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp.
 
     Precision: the iteration runs in the weights' dtype or a wider one, whatever autocast says.  Deterministic.
     Source: Miyato et al. 2018; equals torch.nn.utils.parametrizations.spectral_norm step by step.
@@ -96,6 +98,7 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
         raise RuntimeError("spectral_norm: give one or more weights, each with its u and v; got none")
     for weight in weights:
         _check_device("spectral_norm", weight)
+    _check_no_tangents("spectral_norm", weights)
     out_dtype = None
     if weights[0].dtype == torch.float32:
         device = weights[0].device.type
@@ -115,6 +118,14 @@ def _check_device(name, tensor):
         raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
     if kind != "meta" and kind not in libraries.loaded:
         load(kind)
+
+
+def _check_no_tangents(name, tensors):
+    """Without this PyTorch would take the ops for constants and give 0, for it knows no formula of theirs."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"{name} has no forward-mode derivative (jvp, make_dual): leave --fused out")
 
 
 # -------------------------------------------------------- what PyTorch wants to know: shapes and derivatives

@@ -158,7 +158,7 @@ def extension(kind, folder):
     use_compiler()
     home, cuda = find_cuda() if kind == "cuda" else (None, "none")
     if kind == "cuda":
-        os.environ["CUDA_HOME"] = home  # before cpp_extension is imported: it would guess another
+        os.environ["CUDA_HOME"] = home  # where cpp_extension is not imported yet, it reads this
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     import torch
     from torch.utils import cpp_extension
@@ -216,8 +216,11 @@ def build_command(say):
                 lines = [line.strip() for line in (output.text + (why or "")).splitlines() if line.strip()]
                 # with the colon: the command, which ninja repeats, may hold -Werror=...
                 fatal = [line for line in lines if re.search(r"\bfatal( error)?\s*:", line)]  # nvcc's stands first
-                telling = fatal or [line for line in lines if re.search(r"\berror( \w+)?\s*:", line, re.I)] or [why]
-                say(kind, f"did not compile: {telling[0][:200]}" if why else "built")
+                errors = [line for line in lines if re.search(r"\berror( \w+)?\s*:", line, re.I)]
+                telling = (fatal or errors or [why or ""])[0][:200]
+                new = re.search("nsupported gpu arch|Unknown CUDA arch", telling)  # a GPU younger than the toolkit
+                hint = ": set TORCH_CUDA_ARCH_LIST=9.0+PTX, or take a newer toolkit and torch" if new else ""
+                say(kind, f"did not compile: {telling}{hint}" if why else "built")
                 vars(self.compiler).clear()
                 vars(self.compiler).update(compiler)  # torch wraps its methods anew for each
             self.extensions = built

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -16,6 +17,10 @@
 #include <tuple>
 #include <type_traits>
 #include <vector>
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace dcgan {
 using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -61,6 +66,15 @@ inline ScalarType wide(ScalarType t) { return t == ScalarType::Double ? t : Scal
 inline Tensor new_like(const Tensor& t, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(t, sizes, dtype);
 }
+// Uninitialized, in the memory order of the dense tensor t.
+inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  using torch::stable::detail::from;
+  const auto none = from(std::nullopt);
+  std::array<StableIValue, 6> stack{from(t), from(std::optional<ScalarType>(dtype)), none, none, none, none};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 // A contiguous copy of a small tensor in `dtype`, or the tensor itself where it already is that.
 inline Tensor as(const Tensor& t, ScalarType dtype) {
   Tensor cast = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
@@ -102,7 +116,7 @@ inline Tensor dense(const Tensor& t) {
 inline Tensor in_layout_of(const Tensor& t, const Tensor& model) {
   for (int64_t d = 0; d < t.dim(); ++d) {
     if (t.size(d) > 1 && t.stride(d) != model.stride(d)) {
-      Tensor copy = torch::stable::to(torch::stable::empty_like(model), t.scalar_type());
+      Tensor copy = empty_like(model, t.scalar_type());
       torch::stable::copy_(copy, t);
       return copy;
     }

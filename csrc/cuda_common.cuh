@@ -19,10 +19,6 @@
 
 #include "checks.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace dcgan {
 
 constexpr int kThreads = 512, kLanes = 32, kWarps = kThreads / kLanes;
@@ -150,15 +146,6 @@ template <typename F>
 void dispatch(ScalarType type, const F& f) {
   THO_DISPATCH_V2(type, "dcgan", AT_WRAP([&] { f(scalar_t{}); }), AT_FLOATING_TYPES, ScalarType::Half,
                   ScalarType::BFloat16);
-}
-// Uninitialized, in the memory order of the dense tensor t.
-inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  using torch::stable::detail::from;
-  const auto none = from(std::nullopt);
-  std::array<StableIValue, 6> stack{from(t), from(std::optional<ScalarType>(dtype)), none, none, none, none};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -154,7 +154,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
     using A = wide_t<Out>;  // of the weights, as sn_out_dtype checked
     const Tensor w = dense(weights[i]);
     const SnSizes s = sn_sizes(w);
-    Tensor y = torch::stable::to(torch::stable::empty_like(w), out);
+    Tensor y = empty_like(w, out);
     Tensor u = torch::stable::clone(as(us[i], dtype)), v = torch::stable::clone(as(vs[i], dtype));
     const A* w_data = w.const_data_ptr<A>();
     std::vector<A> v_data(s.cols);  // in memory order

@@ -15,7 +15,9 @@ import sysconfig
 import time
 from pathlib import Path
 
+import _distutils_hack
 import pytest
+import setuptools
 import torch
 
 import dcgan
@@ -253,6 +255,28 @@ def test_kernels_option_is_checked(project):
         capture_output=True,
     )
     assert done.returncode and b"DCGAN_KERNELS is auto, cpu, off or require; got 'yes'" in done.stderr
+
+
+def test_required_kernels_without_torch_are_one_line(project, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    (tmp_path / "site").mkdir()
+    for package in (setuptools, _distutils_hack):
+        (tmp_path / "site" / package.__name__).symlink_to(os.path.dirname(package.__file__))
+    done = subprocess.run(
+        [tmp_path / "bare" / "bin" / "python", "setup.py", "build_ext"],
+        cwd=project, env=environment(DCGAN_KERNELS="require") | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode and last.startswith("DCGAN_KERNELS=require: cpu: left out: there was no torch"), done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc") or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
+def test_a_gpu_younger_than_the_toolkit(project):
+    command = [sys.executable, "csrc/build.py", "cuda", "--into", "out"]
+    asked = environment(TORCH_CUDA_ARCH_LIST="99.0")
+    done = subprocess.run(command, cwd=project, env=asked, capture_output=True, text=True)
+    assert done.returncode and "set TORCH_CUDA_ARCH_LIST=9.0+PTX" in done.stderr.splitlines()[-1], done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- compiling

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import spectral_norm as parametrize
 
 import dcgan
@@ -653,6 +654,18 @@ def test_second_derivative_is_refused(device):
     (grad,) = torch.autograd.grad(scaled.square().sum(), weights, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*leave --fused out"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused(device):
+    """Else PyTorch takes the ops for constants: tangents of 0, without a word."""
+    x, weight, bias, mean, var, *rest = bn_args(device)
+    with pytest.raises(RuntimeError, match="bn_leaky_relu has no forward-mode derivative.*leave --fused out"):
+        torch.func.jvp(lambda t: ops.bn_leaky_relu(t, weight, bias, mean, var, *rest), (x,), (x,))
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        ops.bn_leaky_relu(x, forward_ad.make_dual(weight, weight), bias, mean, var, *rest)
+    weights, us, vs = iteration_state([(4, 3)], device)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="spectral_norm has no forward-mode derivative"):
+        ops.spectral_norm([forward_ad.make_dual(weights[0], weights[0])], us, vs, 1e-12, True)
 
 
 def test_statistics_are_not_differentiable(device):
