@@ -145,7 +145,7 @@ class Config:
     beta2: float = opt(0.999, "Adam: decay of the mean squared gradient", high=1 - 1e-9)
     adam_eps: float = opt(1e-8, "Adam: added to its root")
     weight_decay: float = opt(0.0, "of AdamW; with adam it is L2")
-    ema: float = opt(0.0, "decay a step of the mean of G that draws; 0: off [8]", high=1 - 1e-9)
+    ema: float = opt(0.0, "EMA of G's weights, used for samples: its decay per step; 0: off [8]", high=1 - 1e-9)
     batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"], low=1)
     samples: int = opt(64, "pictures in a grid", low=1)
     seed: int = opt(0, "all randomness follows from it", alias=["--manualSeed"], low=-math.inf)
@@ -196,8 +196,8 @@ def config(preset="classic", **overrides):
 
 
 def halvings(c):
-    """-> (n, base), image_size = base * 2^n: what G begins from and D ends at, at least the family's own."""
-    smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]
+    """-> (n, base) with image_size = base * 2^n.  G begins at base x base and doubles n times; D halves back to it."""
+    smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]  # base is smallest to 2 * smallest - 1, so unique
     sizes = {base << n: (n, base) for n in range(1, 9) for base in range(smallest, 2 * smallest)}
     if c.image_size not in sizes:
         raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
@@ -353,8 +353,8 @@ def fit_picture(picture, c):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """What --data points at: [i] -> the bytes of (H, W, nc), or the words why not.  Raises UserError where there is
-    nothing.  `key` names its cache and follows from names, sizes and times: nothing is opened for it."""
+    """What --data points at.  [i] -> the pixels, the bytes of (H, W, nc) uint8, or a str: why it cannot be read.
+    Raises UserError where there is nothing.  `key` names its cache and follows from names, sizes and times alone."""
 
     def __init__(self, c):
         self.c, self.kind, facts = c, "drawn", DRAWN
@@ -528,7 +528,7 @@ def spectral_norm(weights, us, vs, eps, update):
     return normalized
 
 
-# not the module: networks are copied, and with them what they hold
+# a namespace, as a module cannot be copied: networks are deep-copied with the ops that they hold
 PLAIN = types.SimpleNamespace(bn_leaky_relu=bn_leaky_relu, spectral_norm=spectral_norm)
 
 
@@ -633,8 +633,8 @@ class Block(nn.Module):
         """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu."""
         layer, bn = self.layer, self.bn
         x = x.flatten(1) if self.kind == "dense" else x
-        if self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1, as the dcgan family begins: a matmul
-            x = torch.tensordot(x.flatten(1), layer.weight, 1)
+        if self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1: a matmul does it
+            x = torch.tensordot(x.flatten(1), layer.weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
         elif weight is None:
             x = layer(x)
         elif self.kind == "dense":
@@ -777,29 +777,29 @@ NUMBERS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # what a step tell
 
 
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
-    """One update of D and one of G -> NUMBERS, (6,) on the device; good, bad are 1, 0, and where a number was not
-    finite all are 0 but bad, and that update was not made.  Shapes: draw_inputs.  Nothing waits for the device; in a
-    graph nothing may, and Python runs at the capture only: --no-graph while you edit this."""
+    """One update of D and one of G -> NUMBERS, (6,) on the device.  Shapes: draw_inputs.  All finite: good 1, bad 0.
+    Otherwise bad is 1, all else 0, and the update that met it is skipped (with D's, G's too).  No `if` on a tensor
+    here: it would wait for the device.  A CUDA graph runs this Python only once: to print or debug, use --no-graph."""
     at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
     bce = F.binary_cross_entropy_with_logits
     good = torch.isfinite(real).all() & torch.isfinite(z).all()  # False: no update is made
     bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
     precision = functools.partial(torch.autocast, real.device.type, **bf16)
     buffers = [b for net in (G, D) for b in net.buffers() if b.is_floating_point()]  # running statistics, u and v
-    before = [b.clone() for b in buffers]
+    before = [b.clone() for b in buffers]  # forward passes move them; put back below if the step is bad
 
     ##########################################################################
     # (1) Update D: maximise log D(x) + log(1 - D(G(z)))
     ##########################################################################
     with precision():
-        with torch.set_grad_enabled(not fresh):
+        with torch.set_grad_enabled(not fresh):  # fresh: G draws others for its turn, these need no graph
             fake = G(z[0])
         both = torch.cat([real + noise[0], (fake if at_once else fake.detach()) + noise[1]])
         logits_real, logits_fake = D(both, groups=2).chunk(2)  # two mini-batches in one pass
     loss_real = bce(logits_real, torch.full_like(logits_real, c.real_label))
     loss_fake = bce(logits_fake, torch.zeros_like(logits_fake))
     loss_d = (loss_real + loss_fake) / (2 if c.loss == "mean" else 1)
-    loss_d.backward(inputs=list(D.parameters()), retain_graph=at_once)
+    loss_d.backward(inputs=list(D.parameters()), retain_graph=at_once)  # at once: loss_g needs the same graph
     if not at_once:
         good = apply_gradients(opt_d, loss_d, good)
 
@@ -994,9 +994,9 @@ def stopping(limit):
             os._exit(128 + number)
 
     def code():
-        number = torch.tensor(first[0] if first else 0 if time.monotonic() > end else -1)
+        number = torch.tensor(first[0] if first else 0 if time.monotonic() > end else -1)  # -1: go on
         if WORLD > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+            dist.all_reduce(number, dist.ReduceOp.MAX)  # what stops one stops all
         return int(number) if number >= 0 else None
 
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
@@ -1026,6 +1026,7 @@ def open_run(c, given):
     saved = load(folder / "checkpoint.pt") if any(folder.glob("*.pt")) else None  # None: stopped before its first one
     for name in FIELDS.keys() - MAY_CHANGE:
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
+        # the same pictures in another place are no change; set_up says if they are fewer or more
         moved = name == "data" and begun and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve())
         if now != begun and not moved:
             what = f"{folder / ('checkpoint.pt' if saved else 'config.json')} cannot go on with {name} {now!r}"
@@ -1189,7 +1190,7 @@ def report(run, bar):
 
 
 def variety(x):
-    """Pictures (n, nc, H, W) -> the median distance from one to that most like it; near 0: they are of few kinds."""
+    """Pictures (n, nc, H, W) -> the median distance to the nearest neighbour; near 0: many look alike."""
     x = x.flatten(1).float()
     return torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item()
 
