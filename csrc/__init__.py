@@ -56,8 +56,8 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
         ValueError: training with one value per channel, as PyTorch.
         RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp.
 
-    Precision: statistics in float64 on the CPU and in float32 on CUDA (float64 for float64), the rest in float32,
-    rounded once.  Deterministic on both.  Source: Ioffe and Szegedy 2015.
+    Precision: statistics in float64 on the CPU (16-bit types: of float32 sums of four) and in float32 on CUDA
+    (float64 for float64), the rest in float32, rounded once.  Deterministic on both.  Source: Ioffe and Szegedy 2015.
     """
     _check_device("bn_leaky_relu", x)
     _check_no_tangents("bn_leaky_relu", (x, weight, bias))

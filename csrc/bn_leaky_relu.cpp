@@ -11,9 +11,10 @@
 //              each block into pieces of at most `Width` adjacent values, the columns; the sums run down the
 //              columns and a channel's columns are added last. So rows of 16 values (4x4 pictures) become
 //              vectors as well as long ones, and one code serves NCHW, channels_last and (N, C).
-//   precision  statistics and sums in fp64 (of x - x0, x0 a value of the channel: no cancellation); the rest
-//              in fp32, fp64 for double; rounded once. The order of additions depends on shapes only: any
-//              number of threads gives the same bits. mean is kept in fp32, so that backward sees the same z.
+//   precision  statistics and sums in fp64 (of x - x0, x0 a value of the channel: no cancellation), to which
+//              bf16 and fp16 come as fp32 sums of at most four values; the rest in fp32, fp64 for double;
+//              rounded once. The order of additions depends on shapes only: any number of threads gives the
+//              same bits. mean is kept in fp32, so that backward sees the same z.
 //   bytes      per element of 4 (2) bytes: forward reads x twice and writes y, 12 (6); backward reads x and
 //              dy twice and writes dx, 20 (10). In NCHW the second reading comes from the L2 cache.
 //   sources    Ioffe, Szegedy 2015 (arXiv 1502.03167); for behaviour PyTorch's batch_norm_kernel.cpp

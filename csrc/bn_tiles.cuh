@@ -4,7 +4,7 @@
 #include "cuda_common.cuh"
 
 namespace dcgan {
-constexpr int kTile = 32;  // channels of a block in channels_last
+constexpr int kTile = 32;  // channels of a block in channels_last; in NCHW a block has one channel
 
 // Where the data lie, and which part of them a block owns. A group is contiguous in both layouts.
 struct Split {

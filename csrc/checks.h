@@ -134,7 +134,8 @@ inline BnSizes bn_sizes(const Tensor& x, int64_t groups) {  // x as dense() give
   BnSizes s{x.size(0), x.size(1), 1, groups, 0};
   int64_t spatial = 1;
   for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
-  // where both layouts hold (one channel, or 1x1 pictures) row-major has the longer runs only if C = 1
+  // Both layouts hold for one channel, or for 1x1 pictures. With one channel row-major has the longer runs
+  // (inner = H*W); with 1x1 pictures it would have runs of 1, so those count as rows of channels.
   bool row_major = x.is_contiguous() && spatial > 1;
   (row_major ? s.inner : s.outer) *= spatial;
   s.count = s.outer / groups * s.inner;

@@ -21,6 +21,8 @@
 
 namespace dcgan {
 
+// Kernels are __launch_bounds__(kThreads, 1): the compiler may use 128 registers a thread (65,536 of a
+// multiprocessor / 512), which keeps the values of several rows in flight.
 constexpr int kThreads = 512, kLanes = 32, kWarps = kThreads / kLanes;
 
 // The type that sums and parameters are computed in: float, double for double.
@@ -35,6 +37,8 @@ template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T at[V];
 };
+// The built-in type of so many bytes: a load or store of one is one instruction. memcpy into a Vector costs
+// none, and unlike a cast it is defined C++.
 template <int bytes>
 using word_t = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2,
                std::conditional_t<bytes == 4, unsigned, unsigned short>>>;
