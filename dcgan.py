@@ -94,7 +94,7 @@ PRESETS = {
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
-    "best": dict(  # ours: the networks of classic; what each value is worth stands in the README
+    "best": dict(  # ours: the networks of classic; benchmarks/results/ablation.md says what each is worth
         batch_size=16, beta2=0.99, spectral_norm=True, flips=True, ema=0.998,
     ),
     "demo": dict(  # ours: small, for the drawn faces

@@ -1,4 +1,4 @@
-"""The chart of the README: what a training step makes of the machine, from the figures of step.py.
+"""The charts of speed.md: what a training step makes of the machine, from the figures of step.py.
 
 pip install -e ".[bench]"
 python benchmarks/chart.py [cpu|cuda]         writes benchmarks/results/step_<device>.png

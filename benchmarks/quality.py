@@ -56,8 +56,9 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "best at beta2 0.999": ("best", "--beta2 0.999"),
     "best in fp32": ("best", "--precision fp32"),
     "best with fused kernels": ("best", "--fused"),
-    # what a pilot at 32x32 found better (ablation.md), not yet measured at 64x64
+    # for what a pilot at 32x32 lets hope (ablation.md), not yet measured at 64x64
     "best with a longer EMA": ("best", "--ema 0.9999"),
+    "best with a longer EMA and lr_d 2.5e-4": ("best", "--ema 0.9999 --lr-d 2.5e-4"),
     "best at batch 8 with a longer EMA": ("best", "--batch-size 8 --ema 0.9999"),
     "best at batch 8 with a longer EMA and lr_d 2.5e-4": ("best", "--batch-size 8 --ema 0.9999 --lr-d 2.5e-4"),
 }
