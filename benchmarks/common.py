@@ -1,9 +1,11 @@
 """What the benchmarks of the step, the data and the drawing share: the machine's facts, medians, tables, results."""
 
+import contextlib
 import datetime
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import statistics
@@ -70,6 +72,8 @@ def median_of(values):
 
 def peak_memory():
     """-> MB: the most that this process has held."""
+    with contextlib.suppress(OSError, TypeError):  # Linux: ru_maxrss begins at the peak of whoever started the process
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1.024e-3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e3 if sys.platform == "linux" else 1e6)
 
 

@@ -94,6 +94,7 @@ def memory_of(data):
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=measure_memory, args=(theirs, data))
     process.start()
+    theirs.close()  # so that recv ends where the process dies
     n, grown = ours.recv()
     process.join()
     return {"pictures": n, "array MB": round(n * 3 * 64 * 64 / 1e6, 1), "memory grew by MB": round(grown, 1)}

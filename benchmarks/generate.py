@@ -73,6 +73,7 @@ def main():
         args = (theirs, device, threads, allocator, n, width, options.rounds, options.seconds)
         process = context.Process(target=measure, args=args)
         process.start()
+        theirs.close()  # so that recv ends where the process dies
         times = ours.recv()
         process.join()
         base = next(iter(times.values()))

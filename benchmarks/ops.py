@@ -344,7 +344,10 @@ def cpu_name():
 
 
 def git(*args):
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)  # noqa: S603, S607
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)  # noqa: S603, S607
+    except OSError:  # no git here: an exported copy
+        return ""
     return done.stdout.strip()
 
 

@@ -277,6 +277,7 @@ def by_inception(fake, real, args, device, page):
 def score(args):
     """Score a run or a file of weights, and write all about it into one JSON."""
     source, device = Path(args.source), dcgan.choose_device(args.device)
+    Path(args.cache).mkdir(parents=True, exist_ok=True)
     dcgan.tune(dcgan.config(), device)
     folder = source if source.is_dir() else source.parent
     G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
