@@ -10,14 +10,15 @@
 Weights: the FID Inception of 2015-12-05 as a state dict (pytorch-fid's pt_inception-2015-12-05-6726825d.pth); nothing
 is downloaded here.  What a figure depends on is its fingerprint: the real pictures, the fakes' number and seeds, the
 resizing, the weights, the precision.  Two figures of different fingerprints cannot be compared, and `compare` and
-`table` do not.  Fakes are uint8 and never a JPEG.  Beside each figure stands its floor: what one half of the real
-pictures gets against the other half.  Grey pictures are scored as RGB, and as MNIST's digits by a small classifier.
+`table` do not.  Fakes are uint8 and never a JPEG.  Beside each figure stands its floor: what real pictures, as many as
+there are fakes, get against all others.  Grey pictures are scored as RGB, and MNIST's digits by a small classifier.
 
  FID                Heusel et al. 2017, arXiv:1706.08500, from 2048 features of Inception (pool3)
  KID                Binkowski et al. 2018, arXiv:1801.01401, 100 subsets of at most 1,000
  precision, recall  Kynkaanniemi et al. 2019, arXiv:1904.06991, 3 neighbours, in the same features, not VGG's
  nearest            is a picture copied?  The distance from a fake to the nearest real picture, by pixels and by
                     features, over that from a real picture to the nearest other: medians of 1,000.  A copy is near 0.
+                    Suspects: the share of fakes, as they are or mirrored, at less than half of that median.
 """
 
 import argparse
@@ -137,17 +138,22 @@ def nearest(x, others, device="cpu", itself=False):
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def nearness(fake, real, fake_features, real_features, page, device="cpu"):
-    """-> how near fakes are to real pictures, as a share of how near those are to each other.  The page: in each row
-    four times a fake, the real picture nearest by pixels, the one nearest by features.  It shows training pictures."""
+def nearness(fake, real, of, page, device="cpu"):
+    """-> how near fakes are to real pictures, as a share of how near those are to each other.  `of`: the features of
+    fakes, of real pictures, of fakes mirrored.  The page: in each row four times a fake, the real picture nearest by
+    pixels, the one nearest by features.  It shows training pictures."""
     numbers, shown = {}, [fake[:32].expand(-1, 3, -1, -1)]
-    for name, a, b in (("pixels", fake, real), ("features", fake_features, real_features)):
-        n = min(FEW, len(a), len(b))
+    n = min(FEW, len(fake), len(real))
+    suspects = torch.zeros(n, dtype=torch.bool)
+    for name, a, b, mirrored in (("pixels", fake, real, fake[:n].flip(-1)), ("features", *of)):
         distances, places = nearest(a[:n], b, device)
-        between = nearest(b[:n], b, device, itself=True)[0]
-        numbers[name] = (distances.median() / between.median()).item()
-        numbers[f"{name}_fake"], numbers[f"{name}_real"] = distances.median().item(), between.median().item()
+        either_way = torch.minimum(distances, nearest(mirrored[:n], b, device)[0])
+        between = nearest(b[:n], b, device, itself=True)[0].median()
+        suspects |= either_way < between / 2
+        numbers[name] = (distances.median() / between).item()
+        numbers[f"{name}_fake"], numbers[f"{name}_real"] = distances.median().item(), between.item()
         shown.append(real[places[:32]].expand(-1, 3, -1, -1))
+    numbers["suspects"] = suspects.float().mean().item()
     dcgan.save_picture(dcgan.grid(torch.stack(shown, 1).flatten(0, 1), columns=12), page)
     return numbers
 
@@ -165,8 +171,10 @@ def classifier():
 def read_digits(folder, part):
     """-> pictures (n, 1, 28, 28) in [0, 1] and labels (n,) of `train` or `t10k` in a folder of MNIST's idx files."""
     found = []
-    for what in ("images-idx3", "labels-idx1"):
-        path = next(Path(folder).glob(f"{part}-{what}-ubyte*"))
+    for what in ("images[-.]idx3", "labels[-.]idx1"):
+        path = next(filter(Path.is_file, sorted(Path(folder).glob(f"{part}-{what}-ubyte*"))), None)
+        if not path:  # Kaggle has folders of these names beside the files
+            raise ValueError(f"digits need all four of MNIST's files: {folder} has no {part}-{what}-ubyte")
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             data = bytearray(file.read())
         found.append(torch.frombuffer(data[4 + 4 * data[3] :], dtype=torch.uint8))  # data[3] dimensions, 4 bytes each
@@ -236,7 +244,7 @@ def minutes(folder, c):
     """-> minutes of training by a run's log, without its pauses; None if there is no log."""
     log = Path(folder) / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return sum(c.report_every * c.batch_size / row["img_s"] for row in rows) / 60 or None
+    return sum(c.report_every * c.batch_size / row["img_s"] for row in rows if row["img_s"]) / 60 or None
 
 
 def machine(device):
@@ -264,12 +272,15 @@ def by_inception(fake, real, args, device, page):
     real_features = torch.load(cached, weights_only=True)
     fake_features = features(net, fake, *options)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    floors = cached.with_suffix(".json")
+    n = min(args.fakes, len(real) // 2)
+    some, others = real_features[order].split([n, len(real) - n])
+    floors = cached.with_name(f"{cached.stem}_{n}.json")
     if not floors.exists():
-        floors.write_text(json.dumps(figures(*real_features[order].chunk(2), device)))
+        floors.write_text(json.dumps(figures(some, others, device) | {"pictures": n}))
+    of = fake_features, real_features[order], features(net, fake[:FEW].flip(-1), *options)
     return {
         **figures(fake_features, real_features, device), "floor": json.loads(floors.read_text()),
-        "nearest": nearness(fake, real[order], fake_features, real_features[order], page, device),
+        "nearest": nearness(fake, real[order], of, page, device),
         "fingerprint": fingerprint, "torch_fidelity": __version__,
     }  # fmt: skip
 
@@ -283,24 +294,27 @@ def score(args):
     G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
     file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
     c, step = G.config, dcgan.load(file)["step"]
+    default = folder.name + (" without EMA" if args.raw else "")
+    if source.is_file() and source.name != "generator.pt":
+        default = f"{folder.parent.name if folder.name == 'snapshots' else folder.name} {source.stem}"
     idx = dcgan.find_idx(args.reals) if c.nc == 1 else None  # digits
     if not args.weights and not idx:
         raise ValueError("score needs --weights, the FID Inception, for all but MNIST's digits")
     fake = dcgan.draw(G, dcgan.latent(range(args.fakes), c.nz), device)
     result = {
-        "name": args.name or folder.name, "preset": c.preset, "pictures": step * c.batch_size, "seed": c.seed,
+        "name": args.name or default, "preset": c.preset, "pictures": step * c.batch_size, "seed": c.seed,
         "weights": "G" if args.raw or not c.ema else f"EMA {c.ema}",
         "parameters": sum(p.numel() for p in G.parameters()), "fakes": args.fakes,
     }  # fmt: skip
+    if idx:
+        result["digits"] = digits(fake, idx.parent, Path(args.cache) / "classifier.pt", device)
+        print(f"confident  {result['digits']['confident']:.2%} of the digits")
     if args.weights:
         real = dcgan.load_pictures(dataclasses.replace(c, data=str(args.reals), cache=str(args.cache)))
         result |= by_inception(fake, real, args, device, folder / "nearest.png")
         for k in ("fid", "kid", "precision", "recall"):
             print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
-        print("nearest    {pixels:.2f} by pixels, {features:.2f} by features".format(**result["nearest"]))
-    if idx:
-        result["digits"] = digits(fake, idx.parent, Path(args.cache) / "classifier.pt", device)
-        print(f"confident  {result['digits']['confident']:.2%} of the digits")
+        print("nearest    {pixels:.2f} by pixels, {features:.2f} by features; {suspects:.1%} suspects".format(**result["nearest"]))
     result |= {"minutes": minutes(folder, c), "training": dataclasses.asdict(c)}
     for private in ("data", "run", "cache"):  # paths of one machine
         result["training"].pop(private)
@@ -315,9 +329,16 @@ def score(args):
 # ---------------------------------------------------------------------------------------- compare, table, all
 
 
+def protocol(result):
+    """-> all that a FID depends on but the fakes: two of different protocols cannot be compared."""
+    if "fid" not in result:
+        raise ValueError(f"{result['name']} has no FID: it was scored without --weights")
+    return result["fingerprint"] | {"torch_fidelity": result["torch_fidelity"]}
+
+
 def compare(a, b):
-    """-> FID of b over FID of a.  Raises ValueError if their fingerprints differ, and says in what."""
-    one, other = a["fingerprint"], b["fingerprint"]
+    """-> FID of b over FID of a.  Raises ValueError if their protocols differ, and says in what."""
+    one, other = protocol(a), protocol(b)
     differing = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
     if differing:
         what = "; ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in differing)
@@ -332,7 +353,7 @@ def spread(values, digits):
 
 
 COLUMNS = ["recipe", "pictures seen", "weights", "seeds", "FID", "KID x 1000", "precision", "recall",
-           "nearest by pixels", "by features", "minutes"]  # fmt: skip
+           "nearest by pixels", "by features", "suspects", "minutes"]  # fmt: skip
 
 
 def table_row(same):
@@ -343,6 +364,7 @@ def table_row(same):
     cells += [spread([r["fid"] for r in same], 1), spread([1000 * r["kid"] for r in same], 1)]
     cells += [spread([r[k] for r in same], 3) for k in ("precision", "recall")]
     cells += [spread([r["nearest"][k] for r in same], 2) for k in ("pixels", "features")]
+    cells += [", ".join(f"{r['nearest']['suspects']:.1%}" if "suspects" in r["nearest"] else "-" for r in same)]
     return [*cells, ", ".join(f"{r['minutes']:.0f}" if r["minutes"] else "-" for r in same)]
 
 
@@ -353,13 +375,14 @@ def table(results):
     groups = {}
     for r in results:
         if "fid" in r:
-            groups.setdefault(json.dumps(r["fingerprint"], sort_keys=True), []).append(r)
+            groups.setdefault(json.dumps(protocol(r), sort_keys=True), []).append(r)
     for group in groups.values():
         f, floor, rows = group[0]["fingerprint"], group[0]["floor"], {}
         for r in group:
             rows.setdefault((r["pictures"], r["name"].split(" seed ")[0], r["weights"]), []).append(r)
-        last = ["half of the reals, the floor", "", "", "", f"{floor['fid']:.1f}", f"{1000 * floor['kid']:.1f}"]
-        last += [f"{floor['precision']:.3f}", f"{floor['recall']:.3f}", "1", "1", ""]
+        taken = f"{floor['pictures']:,}" if "pictures" in floor else "half"
+        last = [f"{taken} of the reals, the floor", "", "", "", f"{floor['fid']:.1f}", f"{1000 * floor['kid']:.1f}"]
+        last += [f"{floor['precision']:.3f}", f"{floor['recall']:.3f}", "1", "1", "", ""]
         lines += ["", f"## {f['fakes']:,} fakes against {f['reals']:,} pictures of {'x'.join(map(str, f['size']))}", ""]
         table = [COLUMNS, ["---"] * len(COLUMNS), *(table_row(rows[key]) for key in sorted(rows)), last]
         lines += [f"| {' | '.join(cells)} |" for cells in table]
@@ -383,8 +406,9 @@ def table(results):
 
 
 def train_and_score_all(args):
-    """Train every row of the table with each seed, unless its run is there already, and score it."""
-    rows = FACES | DIGITS
+    """Train every row of the table with each seed, unless its run is there already, and score it.  A row that fails
+    does not stop the others; being told to stop does."""
+    rows, failed = FACES | DIGITS, []
     for name in args.rows or rows:
         preset, options = rows[name]
         data = args.mnist if name in DIGITS else args.faces
@@ -394,13 +418,20 @@ def train_and_score_all(args):
             folder = ROOT / "runs" / f"quality_{name.replace(' ', '_').replace(',', '')}_{seed}"
             words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
             words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
-            subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache], check=True)  # noqa: S603
+            code = subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache]).returncode  # noqa: S603
+            if code in (130, 143):
+                raise SystemExit(code)
+            if code:
+                failed.append(f"{name} seed {seed}")
+                continue
             words = ["score", folder, "--reals", data, "--weights", args.weights, "--cache", args.cache]
             words = [*map(str, words), "--fakes", str(args.fakes), "--precision", args.precision, "--note", args.note]
             main([*words, "--name", f"{name} seed {seed}"])
             if name in ("copied recipe", "best"):
                 main([*words, "--name", f"{name} without EMA seed {seed}", "--raw"])
     main(["table"])
+    if failed:
+        raise ValueError(f"without {', '.join(failed)}: they could not be trained, see above")
 
 
 def main(argv=None):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,21 @@ def test_copies_are_near_0_and_other_pictures_near_1(tmp_path):
     """and the page goes where it is told to, for it shows training pictures."""
     x = torch.randint(0, 256, (400, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     f, page = normal(400), tmp_path / "nearest.png"
-    copied = QUALITY["nearness"](x[:100], x[:200], f[:100], f[:200], page)
-    other = QUALITY["nearness"](x[200:300], x[:200], f[200:300], f[:200], page)
-    assert copied["pixels"] < 0.01 and copied["features"] < 0.01
+    copied = QUALITY["nearness"](x[:100], x[:200], (f[:100], f[:200], f[:100]), page)
+    other = QUALITY["nearness"](x[200:300], x[:200], (f[200:300], f[:200], f[300:]), page)
+    assert copied["pixels"] < 0.01 and copied["features"] < 0.01 and copied["suspects"] == 1
     assert other["pixels"] == pytest.approx(1, abs=0.1) and other["features"] == pytest.approx(1, abs=0.1)
+    assert other["suspects"] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["nearest.png"]
+
+
+def test_suspects_are_counted_mirrored_too_by_pixels_and_by_features(tmp_path):
+    x = torch.randint(0, 256, (400, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    f, fake, of_fakes, mirrored = normal(400), x[200:300].clone(), normal(100, seed=1), normal(100, seed=2)
+    fake[:10], fake[10:30] = x[:10], x[10:30].flip(-1)
+    of_fakes[30:35], mirrored[35:40] = f[30:35], f[35:40]
+    found = QUALITY["nearness"](fake, x[:200], (of_fakes, f[:200], mirrored), tmp_path / "nearest.png")
+    assert found["suspects"] == pytest.approx(0.40) and found["pixels"] == pytest.approx(1, abs=0.1)
 
 
 # ---------------------------------------------------------------------------------------- fingerprints
@@ -100,6 +111,17 @@ def test_compare_says_so_in_one_line_and_fails(tmp_path):
         file.write_text(json.dumps(result(fakes=fakes)))
     with pytest.raises(SystemExit, match="quality.py: .*fakes 10 and 20"):
         QUALITY["main"](["compare", *map(str, files)])
+
+
+def test_other_versions_and_digits_are_not_compared():
+    """0.4.0-beta of torch-fidelity swaps precision and recall."""
+    with pytest.raises(ValueError, match="cannot be compared.*torch_fidelity 1 and 2"):
+        QUALITY["compare"](result(), result() | {"torch_fidelity": "2"})
+    digits = {"name": "mnist seed 0", "digits": {}}
+    with pytest.raises(ValueError, match="mnist seed 0 has no FID.*--weights"):
+        QUALITY["compare"](result(), digits)
+    lines = QUALITY["table"]([result(), result() | {"torch_fidelity": "2"}])
+    assert sum(line.startswith("## ") for line in lines) == 2
 
 
 def test_the_table_keeps_fingerprints_apart_and_seeds_together():
@@ -160,12 +182,24 @@ def test_digits_and_labels_belong_together():
     assert x.shape == (10_000, 1, 28, 28) and x.max() == 1 and y.bincount().tolist()[:3] == [980, 1135, 1032]
 
 
+def test_digits_of_other_layouts_are_read_and_missing_files_named(tmp_path):
+    """Kaggle's: a dot in the names, and folders of the other names beside the files."""
+    (tmp_path / "t10k-images-idx3-ubyte").mkdir()
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 28, 28))
+    (tmp_path / "t10k-images.idx3-ubyte").write_bytes(header + bytes([255]) * 2 * 28 * 28)
+    with pytest.raises(ValueError, match=tmp_path.name + " has no t10k-labels"):
+        QUALITY["read_digits"](tmp_path, "t10k")
+    (tmp_path / "t10k-labels.idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 7]))
+    x, y = QUALITY["read_digits"](tmp_path, "t10k")
+    assert x.shape == (2, 1, 28, 28) and x.min() == 1 and y.tolist() == [3, 7]
+
+
 # ---------------------------------------------------------------------------------------- a run, scored
 
 
 def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
     """With a stand-in for Inception, so that no weights are needed: each file, each figure, no path of this machine."""
-    c = tiny(steps=4, ema=0.9)
+    c = tiny(steps=6, ema=0.9)
     assert dcgan.train(c) == 0
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"weights")
@@ -173,15 +207,19 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
     globals_ = QUALITY["score"].__globals__
     monkeypatch.setitem(globals_, "inception", lambda *_: lambda x: (stand_in(x.float() / 255),))
     where = ["--reals", c.data, "--weights", str(weights), "--cache", c.cache, "--out", str(tmp_path / "quality")]
-    for more in ([], ["--raw", "--name", "raw seed 0"]):
+    for more in ([], ["--raw"]):
         QUALITY["main"](["score", c.run, *where, "--fakes", "20", *more])
-    a, b = (json.loads((tmp_path / "quality" / f"{name}.json").read_text()) for name in ("run", "raw_seed_0"))
+    QUALITY["main"](["score", f"{c.run}/snapshots/generator_000006.pt", *where, "--fakes", "20"])
+    names = ("run", "run_without_EMA", "run_generator_000006")
+    a, b, same = (json.loads((tmp_path / "quality" / f"{name}.json").read_text()) for name in names)
+    assert same["fid"] == a["fid"]
     assert a["weights"] == "EMA 0.9" and b["weights"] == "G" and a["fid"] != b["fid"]
-    assert a["fingerprint"] == b["fingerprint"] and a["fingerprint"]["reals"] == 24 and a["pictures"] == 16
+    assert a["floor"]["pictures"] == 12 and a["nearest"]["suspects"] <= 1
+    assert a["fingerprint"] == b["fingerprint"] and a["fingerprint"]["reals"] == 24 and a["pictures"] == 24
     assert (tmp_path / "quality" / "run.png").exists() and (Path(c.run) / "nearest.png").exists()
     assert str(tmp_path) not in json.dumps(a)
     QUALITY["main"](["table", "--out", str(tmp_path / "quality")])
-    assert "| run | 16 | EMA 0.9 |" in (tmp_path / "quality.md").read_text()
+    assert "| run | 24 | EMA 0.9 |" in (tmp_path / "quality.md").read_text()
     with pytest.raises(SystemExit, match="needs --weights"):
         QUALITY["main"](["score", c.run, "--reals", c.data, "--out", str(tmp_path / "quality")])
     with pytest.raises(SystemExit, match="nothing_here"):
@@ -191,11 +229,19 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
 def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
     """`all` writes command lines that dcgan.py reads, on the right pictures, each row as long as the others."""
     trained, scored, argv = [], [], ["all", "--faces", "f.zip", "--mnist", "m", "--weights", "w.pth", "--seeds", "7"]
-    monkeypatch.setattr(QUALITY["subprocess"], "run", lambda words, check: trained.append([str(w) for w in words[2:]]))
+    codes = iter([2, *[0] * 100])  # the first row fails
+
+    def run(words):
+        trained.append([str(w) for w in words[2:]])
+        return subprocess.CompletedProcess(words, next(codes))
+
+    monkeypatch.setattr(QUALITY["subprocess"], "run", run)
     monkeypatch.setitem(QUALITY["main"].__globals__, "main", scored.append)
-    QUALITY["main"]([*argv, "--pictures", "64000"])
+    everything = QUALITY["main"]
+    with pytest.raises(SystemExit, match="without copied recipe seed 7:"):
+        everything([*argv, "--pictures", "64000"])
     faces, digits = len(QUALITY["FACES"]), len(QUALITY["DIGITS"])
-    assert len(trained) == faces + digits and len(scored) == faces + digits + 2 + 1  # twice without EMA, the table
+    assert len(trained) == faces + digits and len(scored) == faces + digits + 1  # once without EMA, the table
     for i, words in enumerate(trained):
         given = dcgan.read_options(words)
         c = dcgan.config(**given)
@@ -204,7 +250,10 @@ def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
             assert c.steps * c.batch_size == 64000
         else:
             assert (c.nc, c.image_size, c.flips, c.steps) == (1, 28, False, 0)
-    assert sum("--raw" in words for words in scored) == 2 and scored[-1] == ["table"]
+    assert sum("--raw" in words for words in scored) == 1 and scored[-1] == ["table"]
+    codes = iter([0, 130])
+    with pytest.raises(SystemExit, match="130"):  # Ctrl-C
+        everything(argv)
 
 
 @pytest.mark.slow
