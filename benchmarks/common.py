@@ -27,12 +27,11 @@ def facts(device, note=""):
         got = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         query = output("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
         got["driver, power limit"] = query
-    words = [word for word in sys.argv[1:] if word not in ("--note", note)]  # the note is told on its own
     commit = output("git", "rev-parse", "--short", "HEAD")
     changed = output("git", "status", "--porcelain", "--", "dcgan.py", "csrc", "benchmarks/*.py")
     return got | {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit + (" with changes" if changed else ""),
         "torch": torch.__version__,
         "python": platform.python_version(),

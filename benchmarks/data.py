@@ -82,10 +82,9 @@ def timed(work):
 
 def measure_memory(pipe, data):
     """In a process of its own: by how many MB the most memory it ever held grows while it builds a cache."""
-    small = tempfile.TemporaryDirectory()
-    with small:
-        quietly(draw_pictures, Path(small.name), 64)
-        build(small.name, 64, 0)  # decoders and their buffers are in memory before it counts
+    with tempfile.TemporaryDirectory() as small:
+        quietly(draw_pictures, Path(small), 64)
+        build(small, 64, 0)  # decoders and their buffers are in memory before it counts
     before = peak_memory()
     pipe.send((build(data, 64, 0), peak_memory() - before))
 

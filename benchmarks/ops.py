@@ -4,34 +4,26 @@
     python benchmarks/ops.py --device cuda        on a GPU, in CUDA graph replay
     python benchmarks/ops.py --quick              a few rows, to see that it runs; writes nothing
 
-Every result is checked against eager PyTorch before it is timed.  The variants of a row run in turn, in bursts of
-four calls of which the first is not counted: what the machine does besides hits all of them, and each finds in the
-caches what it left there itself.  A figure is the median, its spread the distance between the quartiles.  On the
-CPU time is the CPU time of the one thread that works, once with the allocator as it comes and once with memory kept
-between calls, as dcgan.py trains.  Bytes are those that the fused algorithm must move (csrc/bn_leaky_relu.cpp,
+Every forward result is checked against eager PyTorch before it is timed (gradients are: tests/test_ops.py).  The
+variants of a row run in turn: what the machine does besides hits all of them.  On the CPU in bursts of four calls, of
+which the first is not counted, so that each finds in the caches what it left there itself; time is the CPU time of the
+one thread that works, once with the allocator as it comes and once with memory kept between calls, as dcgan.py trains.
+On a GPU a CUDA graph of ten calls is replayed.  A figure is the median, its spread the distance between the quartiles.
+Bytes are those that the fused algorithm must move (csrc/bn_leaky_relu.cpp,
 csrc/spectral_norm.cpp), the share is of a large copy measured in the same run.
 Writes benchmarks/results/ops_<device>.json and .md.
 """
 
 import argparse
-import ctypes
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import dcgan, facts, table, write
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as parametrize
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import dcgan  # noqa: E402 - after the path to it
 
 D_SHAPES = [(128, 128, 16, 16), (128, 256, 8, 8), (128, 512, 4, 4)]  # the BatchNorms of D at batch 128, ndf 64
 LARGE = [(128, 256, 64, 64), (512, 512, 32, 32)]  # synthetic, far larger than the L2 cache of a GPU
@@ -41,10 +33,6 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 def eager(x, weight, bias, mean, var, inplace=False):
     return F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, True, 0.1, 1e-5), 0.2, inplace)
-
-
-def eager_in_place(*args):
-    return eager(*args, inplace=True)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -99,7 +87,7 @@ def copy_bandwidth(device, seconds):
     return 2 * a.nbytes / statistics.median(measure({"copy": lambda: b.copy_(a)}, seconds)["copy"]) / 1e6
 
 
-def kept_bytes(forward, inputs):
+def kept_bytes(forward):
     """-> bytes that live between forward and backward: the output and all that is saved, each storage once."""
     storages = {}
 
@@ -125,15 +113,6 @@ def launches(run, device):
     return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def keep_memory():
-    """What dcgan.py asks of glibc while it trains: large blocks are kept, not mapped anew for each tensor."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(-3, 1 << 30) and libc.mallopt(-1, (1 << 31) - 1))
-    except (OSError, AttributeError):
-        return False
-
-
 # ------------------------------------------------------------------------------------------------- the rows
 
 
@@ -147,7 +126,7 @@ def bn_variants(shape, dtype, layout, device, compiled):
     fused = dcgan.fused_ops().bn_leaky_relu
     forwards = {
         "eager": lambda: eager(*args),
-        "eager in place": lambda: eager_in_place(*args),
+        "eager in place": lambda: eager(*args, inplace=True),
         "fused": lambda: fused(*args, True, 0.1, 1e-5, 0.2),
     }
     if compiled:
@@ -212,12 +191,11 @@ def rows_of(op, shape, dtype, layout, device, options, allocator, peak):
     compiled = options.compile and allocator != "default" and dtype in (torch.float32, torch.bfloat16)
     if op == "bn_leaky_relu":
         forwards, leaves, gradient = bn_variants(shape, dtype, layout, device, compiled)
-        elements, size = leaves[0].numel(), leaves[0].element_size()
-        moved = {"forward": 3 * size * elements, "forward + backward": 8 * size * elements}
+        size = leaves[0].nbytes
     else:
         forwards, leaves, gradient = sn_variants(layout, device, compiled)
-        elements, size = sum(w.numel() for w in leaves), 4
-        moved = {"forward": 3 * size * elements, "forward + backward": 8 * size * elements}
+        size = sum(w.nbytes for w in leaves)
+    moved = {"forward": 3 * size, "forward + backward": 8 * size}
     check(forwards, dtype)
     measure = measure_cuda if device == "cuda" else measure_cpu
     for direction, runs in directions(forwards, leaves, gradient).items():
@@ -232,7 +210,7 @@ def rows_of(op, shape, dtype, layout, device, options, allocator, peak):
                 "ms": round(median, 4), "spread_ms": round(high - low, 4), "runs": len(values),
                 "times_eager": round(base / median, 2), "gb_s": round(rate, 1), "share_of_copy": round(rate / peak, 2),
                 "launches": launches(runs[name], device),
-                "kept_mb": round(kept_bytes(forwards[name], leaves) / 1e6, 1) if "back" in direction else None,
+                "kept_mb": round(kept_bytes(forwards[name]) / 1e6, 1) if "back" in direction else None,
             }  # fmt: skip
 
 
@@ -261,19 +239,14 @@ def losses(rows):
     return lines or ["- none"]
 
 
-def table(rows, facts):
-    lines = [f"# Fused ops on {facts['device']}", "", f"`{facts['command']}`, {facts['date']}, torch {facts['torch']},"]
-    lines += [f"{facts['threads']} thread(s), copy {facts['copy_gb_s']} GB/s. {facts['note']}", ""]
-    lines += ["Summed over D's three BatchNorms, and over its five weights:", ""]
+def to_markdown(rows):
+    lines = ["Summed over D's three BatchNorms, and over its five weights:", ""]
     lines += ["| op | allocator | dtype | layout | direction | fused ms | fused is faster by |", "|" + "---|" * 7]
     lines += [*summary(rows), "", "Slower than eager PyTorch:", "", *losses(rows), ""]
-    lines += ["All rows; `kept` is what lives between forward and backward:", ""]
     names = ["op", "shape", "dtype", "layout", "direction", "allocator", "variant", "ms", "spread_ms", "times_eager"]
     names += ["gb_s", "share_of_copy", "launches", "kept_mb"]
-    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for r in rows:
-        lines.append("| " + " | ".join("" if r[n] is None else str(r[n]) for n in names) + " |")
-    return "\n".join(lines) + "\n"
+    lines += ["All rows; `kept` is what lives between forward and backward:", ""]
+    return [*lines, *table(rows, {name: name for name in names})]
 
 
 def main():
@@ -299,8 +272,10 @@ def main():
     cases += [("spectral_norm", None, torch.float32, la) for la in LAYOUTS]
     rows, peak = [], copy_bandwidth(device, options.seconds)
     for allocator in ["torch's"] if device == "cuda" else ["default", "kept"]:
-        if allocator == "kept" and not keep_memory():
-            continue
+        if allocator == "kept":
+            if sys.platform != "linux":  # glibc's, or none
+                continue
+            dcgan.tune(dcgan.config("demo"), torch.device("cpu"))
         for op, shape, dtype, layout in cases:
             torch.manual_seed(0)
             for row in rows_of(op, shape, dtype, layout, device, options, allocator, peak):
@@ -313,42 +288,13 @@ def main():
     print(*summary(rows), sep="\n")
     if options.quick:
         return
-    facts = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/ops.py", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "python": platform.python_version(),
+    about = facts(device, options.note) | {
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "kernels": dcgan.fused_ops().build.source_hash(device),
-        "copy_gb_s": round(peak, 1),
-        "note": options.note,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "hash of the kernels": dcgan.fused_ops().build.source_hash(device),
+        "a copy, GB/s": round(peak, 1),
     }
-    out = ROOT / "benchmarks" / "results" / f"ops_{device}"
-    out.parent.mkdir(exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(rows, facts))
-    print(f"written: {out}.json and .md")
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def git(*args):
-    try:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)  # noqa: S603, S607
-    except OSError:  # no git here: an exported copy
-        return ""
-    return done.stdout.strip()
+    write(f"ops_{device}", f"Fused ops on {about['device']}", about, to_markdown(rows), rows=rows)
 
 
 if __name__ == "__main__":

@@ -314,7 +314,9 @@ def score(args):
         result |= by_inception(fake, real, args, device, folder / "nearest.png")
         for k in ("fid", "kid", "precision", "recall"):
             print(f"{k:<10} {result[k]:.4f}, the floor {result['floor'][k]:.4f}")
-        print("nearest    {pixels:.2f} by pixels, {features:.2f} by features; {suspects:.1%} suspects".format(**result["nearest"]))
+        near = result["nearest"]
+        print(f"nearest    {near['pixels']:.2f} by pixels, {near['features']:.2f} by features")
+        print(f"suspects   {near['suspects']:.1%}, as they are or mirrored")
     result |= {"minutes": minutes(folder, c), "training": dataclasses.asdict(c)}
     for private in ("data", "run", "cache"):  # paths of one machine
         result["training"].pop(private)

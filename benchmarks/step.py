@@ -7,12 +7,13 @@
 The reference is the recipe of pytorch/examples, dcgan/main.py, written out below: eager, fp32, NCHW, sigmoid and BCE,
 D(real) and D(fake) in two passes with two backwards, plain Adam, all five numbers read back each step, and the
 allocator as it comes.  All rows train the networks of that recipe (ngf = ndf = 64) on batches of 128 64x64 pictures
-that lie in memory.  The reference gets its real batch ready; dcgan.py's rows gather, scale and flip theirs.
+that lie in memory.  The reference gets its real batch ready; dcgan.py's rows gather and scale theirs, flip them where
+the preset does, and read their numbers as training does, every ten steps.
 
 Rows take turns, round after round (A B C A B C); a row's time is the median over the rounds, its ratio the median of
 the rounds' ratios, the spread is (slowest - fastest) / median.  glibc's allocator can be set only once a process, so
 each setting has a process of its own, and these take turns as well.  Useful FLOPs leave out what no one needs (D's
-weight gradients in the step of G); the peak is the fastest large matmul of that precision in the same process.
+weight gradients in the step of G); the peak is the fastest large matmul of that precision, in the first process.
 Writes benchmarks/results/step_<device>.json and .md.
 """
 
@@ -116,7 +117,8 @@ def make_reference(row, device, size):
         G, D, real = (x.to(memory_format=torch.channels_last) for x in (G, D, real))
     hyper = dict(lr=2e-4, betas=(0.5, 0.999), fused=True if "fused Adam" in levers else None)
     opt_g, opt_d = torch.optim.Adam(G.parameters(), **hyper), torch.optim.Adam(D.parameters(), **hyper)
-    for lever, options in (("compile", {}), ("max-autotune", {"mode": "max-autotune"})):
+    modes = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}  # with them D's second call would
+    for lever, options in modes.items():  # overwrite what its first one gave, which its backward still needs
         if lever in levers:
             G, D = torch.compile(G, **options), torch.compile(D, **options)
     return functools.partial(reference_step, G, D, opt_g, opt_d, real, levers)
@@ -126,7 +128,7 @@ def make_reference(row, device, size):
 
 
 def make_ours(row, device, size):
-    """-> a function that takes one step of dcgan.py, its inputs included."""
+    """-> a function that takes one step of dcgan.py, with its inputs before and its report after."""
     given = {"precision": row["precision"], "device": device, "graph": False, **row["options"]}
     if size["tiny"]:
         given |= {"ngf": size["width"], "ndf": size["width"]}
@@ -148,13 +150,17 @@ def make_ours(row, device, size):
     run.stateful |= {"ema": run.ema} if c.ema else {}
     run.pictures = torch.randint(0, 256, (16 * c.batch_size, c.nc, c.image_size, c.image_size), dtype=torch.uint8)
     run.pictures = run.pictures.to(device, memory_format=torch.channels_last)  # as the cache gives them
-    step, numbers = dcgan.choose_step(run), itertools.count()
+    if c.graph and not dcgan.choose_graphed(c, run.device):
+        raise SystemExit(f"{row['name']} would not be graphed here: build csrc/ (pip install -e .)")
+    run.sums = torch.zeros(6, device=device)
+    step, numbers = dcgan.choose_step(run), itertools.count(1)
 
     def once():
-        weight = torch.full((), 1 - c.ema, device=run.device)
-        return step(*dcgan.draw_inputs(c, run.pictures, next(numbers), run.device), weight)
+        n, weight = next(numbers), torch.full((), 1 - c.ema, device=run.device)
+        run.sums += step(*dcgan.draw_inputs(c, run.pictures, n, run.device), weight)
+        if n % c.report_every == 0:
+            dcgan.take(run.sums)
 
-    once.pictures = c.batch_size
     return once
 
 
@@ -418,9 +424,9 @@ def main():
             rows, kinds, peaks = measure(rows, threads, options, size, shown if group == "all" else ())
             groups[group] = {"about": about, "peaks": peaks, "rows": rows, "kinds": kinds}
             print(*table(rows, COLUMNS), sep="\n", flush=True)
-    if not options.quick:
-        lines = to_markdown(groups, options.device)
-        write(f"step_{options.device}", f"The training step on {about['device']}", about, lines, groups=groups)
+            if not options.quick:  # after each group: a row that fails must not cost the others
+                lines = to_markdown(groups, options.device)
+                write(f"step_{options.device}", f"The training step on {about['device']}", about, lines, groups=groups)
 
 
 if __name__ == "__main__":
