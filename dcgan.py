@@ -95,7 +95,7 @@ PRESETS = {
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
     "best": dict(  # ours: the networks of classic; benchmarks/results/ablation.md says what each is worth
-        batch_size=16, beta2=0.99, spectral_norm=True, flips=True, ema=0.998,
+        batch_size=8, lr_d=2.5e-4, beta2=0.99, spectral_norm=True, flips=True, ema=0.9999,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,

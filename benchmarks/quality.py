@@ -51,17 +51,15 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     # what each ingredient of best is worth, and what may not matter; that of EMA: best is scored with and without
     "best without spectral norm": ("best", "--no-spectral-norm"),
     "best without flips": ("best", "--no-flips"),
-    "best at batch 8": ("best", "--batch-size 8"),
+    "best at batch 16": ("best", "--batch-size 16"),
     "best at batch 64": ("best", "--batch-size 64"),
-    "best at lr 2e-4": ("best", "--lr 2e-4"),
+    "best at lr_d 5e-4": ("best", "--lr-d 5e-4"),
+    "best at lr_g 2e-4 and lr_d 1e-4": ("best", "--lr-g 2e-4 --lr-d 1e-4"),
     "best at beta2 0.999": ("best", "--beta2 0.999"),
+    "best at EMA 0.998": ("best", "--ema 0.998"),
     "best in fp32": ("best", "--precision fp32"),
     "best with fused kernels": ("best", "--fused"),
-    # for what a pilot at 32x32 lets hope (ablation.md), not yet measured at 64x64
-    "best with a longer EMA": ("best", "--ema 0.9999"),
-    "best with a longer EMA and lr_d 2.5e-4": ("best", "--ema 0.9999 --lr-d 2.5e-4"),
-    "best at batch 8 with a longer EMA": ("best", "--batch-size 8 --ema 0.9999"),
-    "best at batch 8 with a longer EMA and lr_d 2.5e-4": ("best", "--batch-size 8 --ema 0.9999 --lr-d 2.5e-4"),
+    "former best": ("best", "--batch-size 16 --lr-d 5e-4 --ema 0.998"),  # the preset until 2026-11-27
 }
 DIGITS = {  # as FACES, by epochs; without flips, since a mirrored digit is none
     "mnist": ("mnist", ""),
