@@ -9,8 +9,8 @@ variants of a row run in turn: what the machine does besides hits all of them.  
 which the first is not counted, so that each finds in the caches what it left there itself; time is the CPU time of the
 one thread that works, once with the allocator as it comes and once with memory kept between calls, as dcgan.py trains.
 On a GPU a CUDA graph of ten calls is replayed.  A figure is the median, its spread the distance between the quartiles.
-Bytes are those that the fused algorithm must move (csrc/bn_leaky_relu.cpp,
-csrc/spectral_norm.cpp), the share is of a large copy measured in the same run.
+Bytes are those that the fused algorithm must move (csrc/bn_leaky_relu.cpp, csrc/spectral_norm.cpp), the share is of a
+large copy measured in the same run.
 Writes benchmarks/results/ops_<device>.json and .md.
 """
 

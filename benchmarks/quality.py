@@ -172,7 +172,8 @@ def read_digits(folder, part):
     for what in ("images[-.]idx3", "labels[-.]idx1"):
         path = next(filter(Path.is_file, sorted(Path(folder).glob(f"{part}-{what}-ubyte*"))), None)
         if not path:  # Kaggle has folders of these names beside the files
-            raise ValueError(f"digits need all four of MNIST's files: {folder} has no {part}-{what}-ubyte")
+            name = f"{part}-{what}-ubyte".replace("[-.]", "-")
+            raise ValueError(f"digits need all four of MNIST's files: {folder} has no {name}")
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             data = bytearray(file.read())
         found.append(torch.frombuffer(data[4 + 4 * data[3] :], dtype=torch.uint8))  # data[3] dimensions, 4 bytes each

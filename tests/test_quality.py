@@ -187,7 +187,7 @@ def test_digits_of_other_layouts_are_read_and_missing_files_named(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte").mkdir()
     header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 28, 28))
     (tmp_path / "t10k-images.idx3-ubyte").write_bytes(header + bytes([255]) * 2 * 28 * 28)
-    with pytest.raises(ValueError, match=tmp_path.name + " has no t10k-labels"):
+    with pytest.raises(ValueError, match=tmp_path.name + " has no t10k-labels-idx1-ubyte"):
         QUALITY["read_digits"](tmp_path, "t10k")
     (tmp_path / "t10k-labels.idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 7]))
     x, y = QUALITY["read_digits"](tmp_path, "t10k")
