@@ -64,6 +64,7 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
 DIGITS = {  # as FACES, by epochs; without flips, since a mirrored digit is none
     "mnist": ("mnist", ""),
     "best on digits": ("best", "--image-size 28 --nc 1 --no-flips --epochs 10"),
+    "best on digits at nz 8": ("best", "--image-size 28 --nc 1 --no-flips --nz 8 --epochs 10"),
 }
 
 
