@@ -1223,7 +1223,7 @@ def sample(run):
 def end_epoch(run, epoch):
     """The line of means; a snapshot of G, so that no collapse takes the last good one."""
     means, _, _ = take(run.sums[1])
-    epochs = math.ceil(run.total * run.c.batch_size / len(run.pictures))
+    epochs = run.total * run.c.batch_size // len(run.pictures)  # whole ones: each has its line
     say(f"Epoch [{epoch}/{epochs}] | D Loss: {means['loss_d']:.4f} | G Loss: {means['loss_g']:.4f}")
     if RANK == 0:
         save_generator(run, run.folder / f"snapshots/generator_{run.step:06d}.pt")

@@ -189,8 +189,15 @@ def test_a_run_ends_well_and_says_what_it_resolved(trained):
 
 def test_each_epoch_has_its_line(trained):
     found = re.findall(r"^Epoch \[(\d)/(\d)\] \| D Loss: (\d+\.\d{4}) \| G Loss: (\d+\.\d{4})$", trained.out, re.M)
-    assert [(k, n) for k, n, _, _ in found] == [(str(k), "5") for k in (1, 2, 3, 4)]
+    assert [(k, n) for k, n, _, _ in found] == [(str(k), "4") for k in (1, 2, 3, 4)]  # and 2 steps of a fifth
     assert trained.out.count("Epoch [") == 4
+
+
+@pytest.mark.parametrize(("batch", "lines"), [(7, ["1/2", "2/2"]), (64, ["2/2"])])
+def test_as_many_epochs_are_announced_as_there_are(batch, lines, small, run_main):
+    """24 pictures: the last batch of 7 reaches into an epoch that is not trained; one of 64 holds two epochs."""
+    done = run_main(*small("--epochs", 2, "--batch-size", batch))
+    assert re.findall(r"^Epoch \[(\d/\d)\]", done.out, re.M) == lines
 
 
 def test_an_epochs_line_holds_the_means_of_its_steps(tmp_path, small, run_main):
