@@ -1,4 +1,4 @@
-"""The room of the presets whose sources are in Keras: three steps of each equal three of Keras itself.
+"""The room of the presets whose sources are in Keras: three steps of each equal three of the same in Keras.
 
     pip install -e ".[test,keras]" && python -m pytest tests/test_keras.py
 
@@ -73,6 +73,11 @@ def folded(t, shape, turned):
 def parameters_of_keras(net, shapes, turned):
     """-> {what PyTorch calls it: the tensor}, as blocks of dcgan.py have them: `0.layer.weight`, `0.bn.bias` ..."""
     found, block = {}, -1
+
+    def vector(t):
+        """A bias, or a number a unit of BatchNorm: of the units of a dense layer, or of channels."""
+        return folded(t, shapes[block], turned).view(-1) if len(t) == math.prod(shapes[block] or [0]) else t
+
     for layer in net.layers:
         weights = {w.name: torch.from_numpy(w.numpy().copy()) for w in layer.weights}
         if "kernel" in weights:
@@ -86,13 +91,11 @@ def parameters_of_keras(net, shapes, turned):
                 kernel = folded(kernel.T, shape, turned)
             found[f"{block}.layer.weight"] = kernel
             if "bias" in weights:
-                bias = weights["bias"]
-                found[f"{block}.layer.bias"] = folded(bias, shape, turned).view(-1) if len(bias) > 512 else bias
+                found[f"{block}.layer.bias"] = vector(weights["bias"])
         elif "gamma" in weights:
             names = dict(gamma="weight", beta="bias", moving_mean="running_mean", moving_variance="running_var")
             for theirs, ours in names.items():
-                t = weights[theirs]
-                found[f"{block}.bn.{ours}"] = folded(t, shapes[block], turned).view(-1) if len(t) > 512 else t
+                found[f"{block}.bn.{ours}"] = vector(weights[theirs])
     return found
 
 
@@ -110,10 +113,10 @@ def step_of_keras(preset, G, D, opt_g, opt_d, real, z):
             on_real, on_fake = D(real, training=True), D(fake, training=True)
             loss_g = bce(tf.ones_like(on_fake), on_fake)
             loss_d = bce(tf.ones_like(on_real), on_real) + bce(tf.zeros_like(on_fake), on_fake)
-        gradients = (tape.gradient(loss, net.trainable_variables)
-                     for tape, loss, net in ((tape_g, loss_g, G), (tape_d, loss_d, D)))  # fmt: skip
-        for opt, net, gradient in zip((opt_g, opt_d), (G, D), list(gradients), strict=True):
-            opt.apply_gradients(zip(gradient, net.trainable_variables, strict=True))
+        of_g = tape_g.gradient(loss_g, G.trainable_variables)
+        of_d = tape_d.gradient(loss_d, D.trainable_variables)
+        opt_g.apply_gradients(zip(of_g, G.trainable_variables, strict=True))
+        opt_d.apply_gradients(zip(of_d, D.trainable_variables, strict=True))
         return float(loss_d), float(loss_g)
     both = tf.concat([G(z[0], training=True), real], 0)  # one batch: the mean of both halves
     with tf.GradientTape() as tape:
