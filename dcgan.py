@@ -27,6 +27,7 @@ The game alone is Generator, Discriminator and train_step.
  [8] Yazici et al. 2018, Averaging in GAN training: the EMA of G, arXiv:1806.04498
  [9] White 2016, Sampling generative networks: spherical interpolation, arXiv:1609.04468
 [10] Glorot, Bengio 2010, Understanding the difficulty of training deep networks: Keras' first weights
+[11] Chen et al. 2018, On self modulation for GANs: z acts in all of G, arXiv:1810.01365
 """
 
 import argparse
@@ -125,6 +126,7 @@ class Config:
     nz: int = opt(100, "length of the latent vector z", low=1)
     ngf: int = opt(64, "width of G, channels", low=1)
     ndf: int = opt(64, "width of D, channels", low=1)
+    self_modulation: bool = opt(False, "z scales the channels inside G, too [11]")
     init: str = opt("dcgan", "first weights", choices=["dcgan", "normal", "keras"])
     slope: float = opt(0.2, "of LeakyReLU below 0")
     bn_eps: float = opt(1e-5, "BatchNorm: added to the variance")
@@ -604,7 +606,7 @@ def rows_d(c):
 class Block(nn.Module):
     """One row: a dense layer, convolution or transposed convolution, then BatchNorm, the activation and dropout."""
 
-    def __init__(self, row, channels, c, ops):
+    def __init__(self, row, channels, c, ops, modulated=False):
         super().__init__()
         self.kind, out, k, s, p, bias, bn, self.activation, self.dropout, self.dropout2d = row
         self.ops, self.slope = ops, {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
@@ -628,10 +630,15 @@ class Block(nn.Module):
             nn.init.zeros_(self.layer.bias)
         if bn and c.init == "dcgan":
             nn.init.normal_(self.bn.weight, 1, 0.02)
+        if modulated:
+            self.scale = nn.Linear(c.nz, channels, bias=False)
+            nn.init.normal_(self.scale.weight, 0, 0.02)
 
-    def forward(self, x, weight=None, groups=1):
-        """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu."""
+    def forward(self, x, weight=None, groups=1, z=None):
+        """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)
+        scales the channels of x, if it is given."""
         layer, bn = self.layer, self.bn
+        x = x if z is None else x * (1 + self.scale(z))[:, :, None, None]  # [11]
         x = x.flatten(1) if self.kind == "dense" else x
         if self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1: a matmul does it
             x = torch.tensordot(x.flatten(1), layer.weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
@@ -658,13 +665,17 @@ class Generator(nn.Module):
 
     def __init__(self, c, ops=PLAIN):
         super().__init__()
-        self.config, self.blocks, channels = c, nn.Sequential(), c.nz
-        for row in rows_g(c):
-            self.blocks.append(Block(row, channels, c, ops))
+        self.config, self.blocks, channels = c, nn.ModuleList(), c.nz
+        for i, row in enumerate(rows_g(c)):
+            self.blocks.append(Block(row, channels, c, ops, modulated=i > 0 and c.self_modulation))
             channels = row.channels
 
     def forward(self, z):
-        return self.blocks(z[:, :, None, None])  # z as a picture of 1 x 1: (N, nz, 1, 1)
+        first, *others = self.blocks
+        x = first(z[:, :, None, None])  # z as a picture of 1 x 1: (N, nz, 1, 1)
+        for block in others:
+            x = block(x, z=z if self.config.self_modulation else None)
+        return x
 
 
 class Discriminator(nn.Module):
