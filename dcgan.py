@@ -95,8 +95,8 @@ PRESETS = {
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
-    "best": dict(  # ours: the networks of classic; benchmarks/results/ablation.md says what each is worth
-        batch_size=8, lr_d=2.5e-4, beta2=0.99, spectral_norm=True, flips=True, ema=0.9999,
+    "best": dict(  # ours: the networks of classic, and more; benchmarks/results/ablation.md says what each is worth
+        batch_size=8, lr_d=2.5e-4, beta2=0.99, self_modulation=True, spectral_norm=True, flips=True, ema=0.9999,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
@@ -195,6 +195,11 @@ def config(preset="classic", **overrides):
         raise UserError(f"time_limit is {c.time_limit!r}; write 90s, 30m or 2h")
     halvings(c)  # raises where the networks cannot have this image_size
     return c
+
+
+def saved_config(values):
+    """-> the Config that a file holds.  An option that is younger than the file is at its default, not its preset's."""
+    return config(**dataclasses.asdict(Config()) | values)
 
 
 def halvings(c):
@@ -612,7 +617,7 @@ class Block(nn.Module):
         self.ops, self.slope = ops, {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
         layer = "dense" if self.kind == "dense" else f"{self.kind} {k}x{k}, stride {s}"
         words = [layer, "BatchNorm" if bn else "none", self.activation]
-        self.label = ", ".join(word for word in words if word != "none")
+        self.label = ", ".join(word for word in words if word != "none") + (", scaled by z" if modulated else "")
         features = out * k * k if self.kind == "dense" else out
         if self.kind == "dense":
             self.layer, self.shape = nn.Linear(channels, features, bias), (out, k, k)
@@ -867,7 +872,7 @@ def load(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT or type(saved["step"]) is not int or saved["step"] < 0:
             raise ValueError(f"format {saved['format']}, not {FORMAT}, or an impossible step")
-        return {**saved, "config": config(**saved["config"])}
+        return {**saved, "config": saved_config(saved["config"])}
 
 
 def load_generator(path, device="cpu", ops=PLAIN):
@@ -1031,7 +1036,7 @@ def open_run(c, given):
             raise UserError(f"{folder} holds a run already; go on with --resume, or name another folder with --run")
         return c, None
     with reading(folder / "config.json"):
-        old = config(**json.loads((folder / "config.json").read_text()))
+        old = saved_config(json.loads((folder / "config.json").read_text()))
     asked = {name: getattr(c, name) for name in given | {"run", "resume", "time_limit"}}
     c = dataclasses.replace(old, **({"steps": 0} if "epochs" in given else {}) | asked)
     saved = load(folder / "checkpoint.pt") if any(folder.glob("*.pt")) else None  # None: stopped before its first one

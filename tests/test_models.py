@@ -77,7 +77,7 @@ PARAMETERS = {  # as the sources count them, without running statistics
     "mnist": (2_305_472, 212_865),
     "regularized": (13_117_184, 11_036_160),
     "demo": (568_224, 167_808),
-    "best": (3_576_704, 2_765_568),
+    "best": (3_672_704, 2_765_568),
 }
 
 
@@ -168,6 +168,29 @@ def test_every_preset_works_at_every_usual_size(preset, size, nc):
     assert logits.shape == (2,) and logits.dtype == torch.float32
     logits.sum().backward()
     assert all(p.grad is not None for net in (G, D) for p in net.parameters())
+
+
+@pytest.mark.parametrize("preset", LAYERS)
+def test_self_modulation_lets_z_scale_what_enters_each_layer_of_g_but_the_first(preset):
+    c, G, D = networks(preset, self_modulation=True, ngf=8, ndf=8)
+    _, without, other_d = networks(preset, ngf=8, ndf=8)
+    entering = [row.channels for row in dcgan.rows_g(c)[:-1]]
+    assert count(G) == count(without) + c.nz * sum(entering) and count(D) == count(other_d)
+    z, scales = torch.randn(3, c.nz), [block.scale.weight for block in G.blocks[1:]]
+    assert [tuple(scale.shape) for scale in scales] == [(n, c.nz) for n in entering]
+    assert all(abs(scale.std() - 0.02) < 0.004 for scale in scales)
+    missing = without.load_state_dict(G.state_dict(), strict=False)
+    assert not missing.missing_keys and all(name.endswith("scale.weight") for name in missing.unexpected_keys)
+    x = without.blocks[0](z[:, :, None, None])  # the first layer as it stands, the others by hand
+    for block, scale in zip(without.blocks[1:], scales, strict=True):
+        x = block(x + x * (z @ scale.T)[:, :, None, None])
+    torch.testing.assert_close(G(z), x)
+    G(z).square().mean().backward()
+    assert all(scale.grad.abs().max() > 0 for scale in scales)
+    assert ["scaled by z" in line for line in dcgan.summary(G, z)[1:-1]] == [False] + [True] * len(scales)
+    for scale in scales:
+        scale.data.zero_()
+    assert torch.equal(G(z), without(z))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

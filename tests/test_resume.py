@@ -86,7 +86,7 @@ def test_two_threads_go_on_to_the_bit_as_well(arguments, tmp_path):
     "options",
     [
         "--precision bf16",
-        "--precision bf16 --noise 0.3 --ema 0.9",
+        "--precision bf16 --noise 0.3 --ema 0.9 --self-modulation",
         "--noise 0.2 --noise-steps 10 --flips",  # the noise ends between the stop and the end
         "--spectral-norm --dropout2d 0.3 --update fresh",
         "--update simultaneous --ema 0 --noise 0",
