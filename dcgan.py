@@ -609,15 +609,16 @@ def rows_d(c):
 
 
 class Block(nn.Module):
-    """One row: a dense layer, convolution or transposed convolution, then BatchNorm, the activation and dropout."""
+    """One row: a dense layer, convolution or transposed convolution, then BatchNorm, the activation and dropout.
+    Where it is modulated, z scales the channels that enter [11]."""
 
     def __init__(self, row, channels, c, ops, modulated=False):
         super().__init__()
         self.kind, out, k, s, p, bias, bn, self.activation, self.dropout, self.dropout2d = row
         self.ops, self.slope = ops, {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
         layer = "dense" if self.kind == "dense" else f"{self.kind} {k}x{k}, stride {s}"
-        words = [layer, "BatchNorm" if bn else "none", self.activation]
-        self.label = ", ".join(word for word in words if word != "none") + (", scaled by z" if modulated else "")
+        words = ["scaled by z" if modulated else "none", layer, "BatchNorm" if bn else "none", self.activation]
+        self.label = ", ".join(word for word in words if word != "none")
         features = out * k * k if self.kind == "dense" else out
         if self.kind == "dense":
             self.layer, self.shape = nn.Linear(channels, features, bias), (out, k, k)
@@ -635,15 +636,15 @@ class Block(nn.Module):
             nn.init.zeros_(self.layer.bias)
         if bn and c.init == "dcgan":
             nn.init.normal_(self.bn.weight, 1, 0.02)
+        self.scale = nn.Linear(c.nz, channels, bias=False) if modulated else None
         if modulated:
-            self.scale = nn.Linear(c.nz, channels, bias=False)
             nn.init.normal_(self.scale.weight, 0, 0.02)
 
     def forward(self, x, weight=None, groups=1, z=None):
-        """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)
-        scales the channels of x, if it is given."""
+        """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)."""
         layer, bn = self.layer, self.bn
-        x = x if z is None else x * (1 + self.scale(z))[:, :, None, None]  # [11]
+        if self.scale is not None and z is not None:  # without z: only the shape is asked for, by summary
+            x = x * (1 + self.scale(z))[:, :, None, None]
         x = x.flatten(1) if self.kind == "dense" else x
         if self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1: a matmul does it
             x = torch.tensordot(x.flatten(1), layer.weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
@@ -676,10 +677,9 @@ class Generator(nn.Module):
             channels = row.channels
 
     def forward(self, z):
-        first, *others = self.blocks
-        x = first(z[:, :, None, None])  # z as a picture of 1 x 1: (N, nz, 1, 1)
-        for block in others:
-            x = block(x, z=z if self.config.self_modulation else None)
+        x = z[:, :, None, None]  # z as a picture of 1 x 1: (N, nz, 1, 1)
+        for block in self.blocks:
+            x = block(x, z=z)
         return x
 
 
