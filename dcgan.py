@@ -73,6 +73,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them thi
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
+TOO_LARGE = "the device has not enough memory: take a smaller --batch-size, or --image-size in another run"
+
+
 class UserError(Exception):
     """Wrong use, unusable data, a full disk: main prints it as one line and exits with 2."""
 
@@ -177,6 +180,15 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # how long, how often, where
 
 
+def halvings(c):
+    """-> (n, base) with image_size = base * 2^n.  G begins at base x base and doubles n times; D halves back to it."""
+    smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]  # base is smallest to 2 * smallest - 1, so unique
+    sizes = {base << n: (n, base) for n in range(1, 9) for base in range(smallest, 2 * smallest)}
+    if c.image_size not in sizes:
+        raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
+    return sizes[c.image_size]
+
+
 def config(preset="classic", **overrides):
     """-> the Config of a preset with some values set otherwise.  Raises UserError for a wrong name or value."""
     for name in overrides.keys() - FIELDS.keys():
@@ -200,15 +212,6 @@ def config(preset="classic", **overrides):
 def saved_config(values):
     """-> the Config that a file holds.  An option that is younger than the file is at its default, not its preset's."""
     return config(**dataclasses.asdict(Config()) | values)
-
-
-def halvings(c):
-    """-> (n, base) with image_size = base * 2^n.  G begins at base x base and doubles n times; D halves back to it."""
-    smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]  # base is smallest to 2 * smallest - 1, so unique
-    sizes = {base << n: (n, base) for n in range(1, 9) for base in range(smallest, 2 * smallest)}
-    if c.image_size not in sizes:
-        raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
-    return sizes[c.image_size]
 
 
 # ---------------------------------------------------------------------------------------- small tools
@@ -467,7 +470,7 @@ def load_pictures(c):
     shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
     if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
         what = f"more than --max-bad {c.max_bad:.1%} of {shape[0] + len(bad)} pictures cannot be read"
-        raise UserError("\n  ".join([what, *bad[:100]]))
+        raise UserError("\n  ".join([f"{what}; once they can be, delete {index}", *bad[:100]]))
     where = f"{'found in' if found else 'decoded into'} {array}, {size / 1e6:.0f} MB"
     say(f"pictures    {shape[0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
@@ -641,17 +644,16 @@ class Block(nn.Module):
             nn.init.normal_(self.scale.weight, 0, 0.02)
 
     def forward(self, x, weight=None, groups=1, z=None):
-        """x (N, C, H, W) or (N, C); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)."""
+        """x (N, C, H, W); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)."""
         layer, bn = self.layer, self.bn
         if self.scale is not None and z is not None:  # without z: only the shape is asked for, by summary
             x = x * (1 + self.scale(z))[:, :, None, None]
-        x = x.flatten(1) if self.kind == "dense" else x
-        if self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1: a matmul does it
+        if self.kind == "dense":
+            x = F.linear(x.flatten(1), layer.weight if weight is None else weight, layer.bias)
+        elif self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1: a matmul does it
             x = torch.tensordot(x.flatten(1), layer.weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
         elif weight is None:
             x = layer(x)
-        elif self.kind == "dense":
-            x = F.linear(x, weight, layer.bias)
         else:
             x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
         if bn is not None:
@@ -766,14 +768,13 @@ def apply_gradients(optimizer, loss, good):
     """Adam's step where `good` and the loss and all gradients are finite -> whether so, a bool on the device.
     Over many processes losses and gradients are averaged first, so that all decide and move alike."""
     grads = [p.grad for p in optimizer.param_groups[0]["params"]]
-    loss = loss.detach()
+    loss = torch.where(good, loss.detach(), math.nan)  # what one process has found the average tells to all
     if WORLD > 1:  # all in one, for each all_reduce costs its delay
         flat = torch.cat([loss.view(1), *[g.flatten() for g in grads]])
         dist.all_reduce(flat)
         loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
         torch._foreach_copy_(grads, [mean.view(g.shape) for mean, g in zip(means, grads, strict=True)])
-    good = good & torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
-    optimizer.grad_scale = None
+    good = torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
     optimizer.found_inf = (~good).float()  # how GradScaler tells a fused Adam to leave all as it is
     optimizer.step()
     optimizer.zero_grad()
@@ -830,12 +831,11 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
         D.requires_grad_(True)
     loss_g = bce(logits_fake, torch.ones_like(logits_fake))
     loss_g.backward(inputs=list(G.parameters()))
+    if buffers:  # a variance can overflow where the loss and the gradients do not
+        good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
     if at_once:
         good = apply_gradients(opt_d, loss_d, good)
     good = apply_gradients(opt_g, loss_g, good)
-
-    if buffers:  # a variance can overflow where the loss and the gradients do not
-        good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
     for now, old in zip(buffers, before, strict=True):
         now.copy_(torch.where(good, now, old))
     if ema is not None:
@@ -989,8 +989,9 @@ def tune(c, device):
         torch.backends.cudnn.benchmark = not c.deterministic
     elif sys.platform == "linux":  # glibc: keep large blocks, or the kernel clears new ones at each step
         with contextlib.suppress(OSError, AttributeError):
-            for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, bytes
-                ctypes.CDLL("libc.so.6").mallopt(parameter, 1 << 30)
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes; an older glibc takes 32 MiB at most
+            mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1053,11 +1054,13 @@ def open_run(c, given):
 @contextlib.contextmanager
 def claimed(c):
     """with claimed(c) as c: a Config of its own that names the run's folder, where this process alone trains."""
-    if c.download and not c.data:
-        c = dataclasses.replace(c, data=download(c.download, ""))
+    if c.download:
+        c = dataclasses.replace(c, data=download(c.download, c.data))
     c = dataclasses.replace(c, run=c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}")
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
+    if c.data and Path(c.data).resolve() == Path(c.run).resolve():
+        raise UserError(f"--data and --run are both {c.run}; name another folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(c.run) / ".lock")  # that of a dead process is free
     if RANK == 0:
@@ -1129,7 +1132,8 @@ def choose_step(run):
     step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
     if graphed:
         inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
-        with explained("the step cannot become a CUDA graph: go on with --no-graph", RuntimeError):
+        broken = explained("the step cannot become a CUDA graph: go on with --no-graph", RuntimeError)
+        with broken, explained(TOO_LARGE, torch.OutOfMemoryError):
             step = graphed(step, inputs, run.stateful.values())
     return step
 
@@ -1148,13 +1152,19 @@ def save_run(run):
     save_generator(run, run.folder / "generator.pt")
 
 
+def variety(x):
+    """Pictures (n, nc, H, W) -> the median distance to the nearest neighbour; near 0: many look alike."""
+    x = x.flatten(1).float()
+    return torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item()
+
+
 def open_folder(run):
     """Make the run's folder what it was at run.step: no later line, sample or snapshot, and nothing half written."""
     folder, log = run.folder, run.folder / "log.jsonl"
     (folder / "snapshots").mkdir(parents=True, exist_ok=True)
     files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
     later = [path for step, path in files if step > run.step]
-    for path in [*later, *folder.rglob(".*.half")]:
+    for path in [*later, *(half for part in ("", "samples/", "snapshots/") for half in folder.glob(part + ".*.half"))]:
         path.unlink()
     run.rows = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
@@ -1175,7 +1185,7 @@ def open_folder(run):
 
 def take(sums):
     """-> the means over good steps of what train_step gave, and how many steps were good, bad.  Then the sums are 0
-    again.  Here, and only here, the program waits for the device."""
+    again.  Of all that a step does, only this waits for the device."""
     *values, good, bad = sums.tolist()
     sums.zero_()
     means = {name: round(value / max(1, good), 5) for name, value in zip(NUMBERS, values, strict=False)}
@@ -1185,9 +1195,12 @@ def take(sums):
 def report(run, bar):
     """A line of log.jsonl and the numbers on the bar."""
     c, now = run.c, time.monotonic()
+    good, skipped = run.sums[0, 4:].long().tolist()
+    if not good and skipped < 10:  # no number yet: the next line will say how many were skipped
+        return
     means, good, skipped = take(run.sums[0])
     if not good:
-        what = f"no loss or gradient was finite since step {run.step - c.report_every}; none entered the weights"
+        what = f"no loss or gradient was finite since step {run.step - skipped}; none entered the weights"
         checkpoint = run.folder / "checkpoint.pt"
         go_on = f"go on from {checkpoint} by --resume --precision fp32, or " if checkpoint.exists() else ""
         raise UserError(f"{what}: {go_on}begin again with a lower --lr")
@@ -1205,24 +1218,20 @@ def report(run, bar):
             log.write(json.dumps(row) + "\n")
 
 
-def variety(x):
-    """Pictures (n, nc, H, W) -> the median distance to the nearest neighbour; near 0: many look alike."""
-    x = x.flatten(1).float()
-    return torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item()
-
-
 def warn(run, x):
     """Say, while it happens, what the numbers and the fixed pictures x tell of a game that has gone wrong."""
     last, share = run.rows[-20:], variety(x) / run.variety
     if len(last) < 20:
         return
     losses = {name: sorted(row[name] for row in last) for name in ("loss_d", "loss_g")}
+    least = -sum(p * math.log(p) for p in (run.c.real_label, 1 - run.c.real_label) if p)  # of a D that is always right
+    above = losses["loss_d"][10] * (2 if run.c.loss == "mean" else 1) - least  # the median
     if share < 1 / 3:
         say(f"step {run.step}: G has collapsed, or is very young: its pictures most alike differ {share:.0%} as much "
             "as real ones. Go back to a snapshot; try a lower --lr-g or a larger --batch-size")  # fmt: skip
-    if losses["loss_d"][10] < 0.2:  # the median
-        say(f"step {run.step}: D has won: its loss is near 0 for long, and G learns little from it. Try a lower "
-            "--lr-d, --spectral-norm, --real-label 0.9, --noise 0.1 or --dropout2d 0.25")  # fmt: skip
+    if above < 0.2:
+        say(f"step {run.step}: D has won: its loss has long been near the least, and G learns little from it. Try a "
+            "lower --lr-d, --spectral-norm, --real-label 0.9, --noise 0.1 or --dropout2d 0.25")  # fmt: skip
     if all(values[-1] - values[0] < 1e-3 for values in losses.values()):
         say(f"step {run.step}: the losses are flat: neither network learns. Try another --lr or --init")
 
@@ -1280,9 +1289,9 @@ def loop(run):
                 saved = time.monotonic()
         if RANK == 0:
             save_growth(run.folder)
-            say(f"{'done' if run.step == run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
+            say(f"{'done' if run.step >= run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
             say(f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63")
-            say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step == run.total))
+            say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step >= run.total))
     return code or 0
 
 
@@ -1292,7 +1301,7 @@ def train(c, given=None):
     if given is None:
         preset = config(c.preset)
         given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
-    with claimed(c) as c:
+    with claimed(c) as c, explained(TOO_LARGE, torch.OutOfMemoryError):
         return loop(set_up(c, given))
 
 
@@ -1304,33 +1313,33 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def read_arguments(command, argv, seeds, out):
-    """-> for the commands that draw: z -> pictures, G's Config, the seeds, the run's folder and --out."""
+def read_arguments(command, argv, seeds, name, what):
+    """-> for the commands that draw: z -> pictures, G's Config, the seeds, and --out: `what`, or else `name`."""
     p = Parser(f"dcgan.py {command}", allow_abbrev=False)
     p.add_argument("source", type=Path, help="the folder of a run, or its checkpoint.pt, generator.pt or a snapshot")
     p.add_argument("--seeds", default=seeds, help=f"such as 3,7,12 or 0-63 ({seeds})")
-    p.add_argument("--out", type=Path, help=out)
+    p.add_argument("--out", type=Path, help=f"{what} ({name} beside the weights)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: faster, a shade off (fp32)")
     args = p.parse_args(argv)
     one = r"\d{1,9}(-\d{1,9})?"
     good = re.fullmatch(f"{one}(,{one})*", args.seeds)
-    ranges = [range(int(first), int(last or first) + 1) for first, last in re.findall(r"(\d+)-?(\d*)", args.seeds)]
+    found = re.findall(r"(\d{1,9})-?(\d{0,9})", args.seeds)
+    ranges = [range(int(first), int(last or first) + 1) for first, last in found]
     if not good or not all(ranges) or sum(map(len, ranges)) > 100_000:
         raise UserError(f"--seeds {args.seeds!r} is no list of 1 to 100,000 seeds; write 0-63 or 3,7,12")
     seeds = [seed for part in ranges for seed in part]
     folder = args.source if args.source.is_dir() else args.source.parent
     device = choose_device(args.device)
     G = load_generator(args.source, device)
-    return lambda z: draw(G, z, device, args.precision), G.config, seeds, folder, args.out
+    return lambda z: draw(G, z, device, args.precision), G.config, seeds, args.out or folder / name
 
 
 def generate(argv):
     """Pictures of seeds: one grid, or a folder of single files and their grid."""
-    what = "a picture file for one grid, or a folder for single files as well (generated.png in the run)"
-    paint, c, seeds, folder, out = read_arguments("generate", argv, "0-63", what)
+    what = "a picture file for one grid, or a folder for single files as well"
+    paint, c, seeds, out = read_arguments("generate", argv, "0-63", "generated.png", what)
     x = paint(latent(seeds, c.nz))
-    out = out or folder / "generated.png"
     if out.suffix.lower() not in SUFFIXES:
         for seed, picture in zip(seeds, x, strict=True):
             save_picture(T.to_pil_image(picture), out / f"seed_{seed:06d}.png")
@@ -1341,14 +1350,13 @@ def generate(argv):
 
 def interpolate(argv, frames=24):
     """A closed walk through the z of seeds, on the sphere near which normal z of many dimensions lie [9]."""
-    what = "a .gif, or a folder for it; the strip is the .png beside it (interpolation.gif in the run)"
-    paint, c, seeds, folder, out = read_arguments("interpolate", argv, "0-5", what)
+    what = "a .gif, or a folder for it; the strip is the .png beside it"
+    paint, c, seeds, out = read_arguments("interpolate", argv, "0-5", "interpolation.gif", what)
     z, walk, t = latent(seeds, c.nz), [], torch.arange(frames)[:, None] / frames
     for a, b in zip(z, z.roll(-1, 0), strict=True):
         angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-0.9999, 0.9999))
         walk.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle))
     x = paint(torch.cat(walk))
-    out = out or folder / "interpolation.gif"
     out = out.with_suffix(".gif") if out.suffix.lower() in SUFFIXES else out / "interpolation.gif"
     size = c.image_size * max(1, 256 // c.image_size)
     save_gif([T.to_pil_image(picture).resize((size, size)) for picture in x], out, 60)
@@ -1384,7 +1392,7 @@ def read_options(argv):
         if f.type is not bool:
             metavar = "|".join(map(str, m["choices"] or [f.type.__name__.upper()]))
             kind = {"type": f.type, "choices": m["choices"], "metavar": metavar}
-        default = f" ({f.default})" if f.default not in ("", False, -1, "classic") else ""
+        default = f" ({f.default})" if f.default is not False and f.default not in ("", -1, "classic") else ""
         names = ["--" + f.name.replace("_", "-"), *m["alias"]]  # and the spellings of pytorch/examples
         group.add_argument(*names, dest=f.name, help=m["help"] + default, **kind)
     p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
@@ -1394,17 +1402,17 @@ def read_options(argv):
 
 
 def main(argv=None):
-    """-> the exit code. 0: done, at the time limit too; 2: one line says why not; 130, 143: after a signal, saved."""
+    """-> the exit code. 0: done, at the time limit too; 2: one line says why not; 130, 143: after a signal, saved.
+    1: another process of the job has died."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["train"]
     commands = {"generate": generate, "interpolate": interpolate, "info": info}
     try:
         if command in commands:
             return commands[command](rest) or 0
         given = read_options(rest if command == "train" else [command, *rest])
-        if given.get("download"):
-            given["data"] = download(given["download"], given.get("data"))
-        data = given.get("data", "")
-        preset = "demo" if not data else "mnist" if find_idx(Path(data)) else "best"
+        data, fetch = given.get("data", ""), given.get("download", "")
+        mnist = fetch == "mnist" or (data and find_idx(Path(data)))
+        preset = "mnist" if mnist else "best" if data or fetch else "demo"
         return train(config(**{"preset": preset, **given}), frozenset(given))
     except (UserError, OSError) as e:
         print(f"dcgan.py: {e}", file=sys.stderr)

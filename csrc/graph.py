@@ -30,8 +30,8 @@ def graphed(step, inputs, parts):
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(inputs[0].device):  # streams are of the device that is current
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
             # no capture on the default stream, nor of what is done only once (cuDNN's choice of algorithms, the
             # optimisers' states): so a few steps on a stream of our own first, then the capture on the same one
             try:
@@ -39,9 +39,13 @@ def graphed(step, inputs, parts):
                     for _ in range(3):
                         step(*inputs)
             finally:
-                torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, stream=side):
-                numbers = step(*inputs)
+                here.wait_stream(side)
+            try:
+                with torch.cuda.graph(graph, stream=side):
+                    numbers = step(*inputs)
+            except RuntimeError as error:  # the end of a broken capture raises as well, and leaves `side` current
+                torch.cuda.set_stream(here)
+                raise (error.__context__ if isinstance(error.__context__, RuntimeError) else error) from None
     finally:
         with torch.no_grad():
             for tensor in _tensors(parts):

@@ -82,7 +82,15 @@ class StandIn:
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
         self.Stream, self.current_stream = (lambda: stream), (lambda: stream)
         self.stream = self.device = contextlib.nullcontext
-        self.CUDAGraph, self.graph = (lambda: self), (lambda graph, stream: contextlib.nullcontext())
+        self.CUDAGraph, self.streams_set = (lambda: self), []
+        self.set_stream = self.streams_set.append
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - as CUDA's does
 
     def step(self, *inputs):
         self.calls.append((inputs, self.plain(*inputs)))
@@ -118,9 +126,13 @@ def test_a_step_that_cannot_be_captured_leaves_all_as_it_was(start, monkeypatch)
     run = start("best", "run")
     step = dcgan.choose_step(run)
 
+    calls = []
+
     def fails(*inputs):
         step(*inputs)
-        raise RuntimeError("not permitted when stream is capturing")
+        calls.append(inputs)
+        if len(calls) == 4:  # not while it warms up
+            raise RuntimeError("not permitted when stream is capturing")
 
     stand_in = StandIn(fails)
     monkeypatch.setattr(csrc.graph, "torch", types.SimpleNamespace(
@@ -128,6 +140,7 @@ def test_a_step_that_cannot_be_captured_leaves_all_as_it_was(start, monkeypatch)
     before = everything(run)
     with pytest.raises(RuntimeError, match="capturing"):
         csrc.graph.graphed(fails, inputs_of(run, 0), run.stateful.values())
+    assert stand_in.streams_set == [stand_in.current_stream()]  # not the one of the capture
     after = everything(run)
     assert not differing({n: t for n, t in after.items() if n in before}, before)
     assert not any(t.any() for n, t in after.items() if n not in before)

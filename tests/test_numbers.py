@@ -32,11 +32,12 @@ def pictures(spread, n=16):
     return (128 + spread * torch.randn(n, 3, 8, 8, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
-def said(capsys, rows, x=None, real=None):
+def said(capsys, rows, x=None, real=None, **options):
     """-> what warn says of a log and the fixed pictures."""
     capsys.readouterr()
     variety = dcgan.variety(pictures(60) if real is None else real)
-    run = types.SimpleNamespace(rows=rows, step=rows[-1]["step"] if rows else 1, variety=variety)
+    c = dcgan.config(**options)
+    run = types.SimpleNamespace(c=c, rows=rows, step=rows[-1]["step"] if rows else 1, variety=variety)
     dcgan.warn(run, pictures(60) if x is None else x)
     return capsys.readouterr().out
 
@@ -67,6 +68,15 @@ def test_d_has_won_is_said_with_a_hint(capsys):
 def test_d_that_wins_only_now_and_then_has_not_won(capsys):
     assert said(capsys, losses(loss_d=lambda i: 0.8 if i % 2 else 0.01)) == ""
     assert said(capsys, losses(loss_d=lambda i: 0.01 if i < 20 else 1 + i % 3)) == ""  # it did, long ago
+
+
+@pytest.mark.parametrize("loss, real_label, least", [("sum", 1.0, 0.0), ("sum", 0.9, 0.3251), ("mean", 1.0, 0.0)])
+def test_how_far_d_is_ahead_is_seen_with_every_kind_of_loss(capsys, loss, real_label, least):
+    """A label of 0.9 leaves a D that is always right its entropy, and a mean of two halves is half of their sum."""
+    for above, wins in (0.15, True), (0.25, False):
+        value = (least + above) / (2 if loss == "mean" else 1)
+        log = losses(loss_d=lambda i, value=value: value, loss_g=lambda i: 9 + i % 2)
+        assert ("D has won" in said(capsys, log, loss=loss, real_label=real_label)) == wins
 
 
 def test_g_has_collapsed_is_said_with_a_hint(capsys):
@@ -167,7 +177,7 @@ def test_a_diverged_run_stops_and_names_the_good_checkpoint(arguments, tmp_path,
     assert error.count("\n") == 1 and str(run / "checkpoint.pt") in error and "--resume" in error
     hints(error)
     checkpoint = dcgan.load(run / "checkpoint.pt")
-    assert 6 <= checkpoint["step"] <= 12
+    assert 6 <= checkpoint["step"] <= 20  # ten bad steps, at the next report
     for name in ("G", "D", "ema", "opt_g", "opt_d", "sums"):
         assert finite(checkpoint[name]), name
     dcgan.load_generator(run)
@@ -182,7 +192,7 @@ def test_nothing_in_the_checkpoint_moved_while_the_numbers_were_bad(arguments, t
     poison(monkeypatch, 6)
     assert dcgan.main(arguments(runs[1], "--steps 40 --noise-steps 40 --report-every 3 --save-every 8")) == 2
     a, b = (torch.load(run / "checkpoint.pt", weights_only=True) for run in runs)
-    assert (a["step"], b["step"]) == (6, 8)
+    assert (a["step"], b["step"]) == (6, 16)
     for name in ("G", "D", "ema", "opt_g", "opt_d"):
         same(a[name], b[name], name)
 
@@ -203,6 +213,16 @@ def test_a_few_bad_steps_are_counted_and_the_run_goes_on(arguments, tmp_path, mo
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line.get("skipped", 0) for line in lines] == [0, 2, 0]
     assert all(0 < line["loss_d"] < 10 for line in lines)  # means of the good steps, and valid JSON
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_few_bad_steps_between_two_reports_stop_no_run(arguments, tmp_path, monkeypatch, every):
+    """However often it reports: a line comes with the next number, and counts them."""
+    poison(monkeypatch, 4, 9)
+    assert dcgan.main(arguments(tmp_path / "run", f"--steps 12 --report-every {every}")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [i for i in range(every, 13, every) if i <= 4 or i >= 10]
+    assert sum(line.get("skipped", 0) for line in lines) == 5 and all(0 < line["loss_d"] < 10 for line in lines)
 
 
 @pytest.mark.parametrize("preset", ["best", "mnist"])
