@@ -338,6 +338,17 @@ def nan_in_rank_1(step):
     dcgan.draw_inputs = draw_inputs
 
 
+def huge_in_rank_1(step):
+    """A z whose variance overflows, in one process only: its loss and its gradients stay finite."""
+    plain = dcgan.draw_inputs
+
+    def draw_inputs(c, pictures, now, device):
+        real, z, noise = plain(c, pictures, now, device)
+        return real, z * 1e30 if now == int(step) and dcgan.RANK == 1 else z, noise
+
+    dcgan.draw_inputs = draw_inputs
+
+
 def watch(file):
     """Keep what this process saw: its share of pictures and noise, its last state, what it decoded and wrote."""
     seen = {"real": [], "noise": [], "decoded": 0, "wrote": []}

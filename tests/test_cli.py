@@ -510,6 +510,8 @@ WRONG = {
     "BatchNorm of one": ("--preset mnist --batch-size 1", "batch-size.*2"),
     "resume of nothing": ("--run none --resume", "none"),
     "generate from nothing": ("generate none", "none"),
+    "seeds beyond all": ("generate none --seeds " + 5000 * "9", "seeds.*100,000"),
+    "run among the pictures": ("--data words --run words", "words.*name another folder"),
     "generate from a text": ("generate notes.txt", "notes.txt"),
     "generate without a run": ("generate", "source"),
     "interpolate from nothing": ("interpolate none", "none"),
@@ -572,6 +574,35 @@ def test_more_bad_pictures_than_allowed_is_exit_code_2_with_the_list(small, run_
     done = run_main(*small("--data", tmp_path / "p", "--steps", 1))
     assert done.code == 2 and "--max-bad" in done.err.splitlines()[0] and "broken.jpg" in done.err
     assert "Traceback" not in done.err
+
+
+# ---------------------------------------------------------------------------------------- the machine
+
+
+@pytest.mark.parametrize("most", [1 << 30, 1 << 25])  # what a new glibc takes, and an older one
+def test_glibc_is_told_to_keep_large_blocks(most, monkeypatch, tiny):
+    """One that takes no threshold of a gigabyte would keep its first one, 128 KiB, and be slower than untold."""
+    told = {}
+
+    def mallopt(parameter, value):
+        if parameter == -3 and value > most:
+            return 0
+        told[parameter] = value
+        return 1
+
+    monkeypatch.setattr(dcgan.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(sys, "platform", "linux")
+    dcgan.tune(tiny("classic"), torch.device("cpu"))
+    assert told == {-3: most, -1: 1 << 30}
+
+
+def test_no_room_on_the_device_is_one_line_that_says_what_to_do(small, run_main, monkeypatch, tmp_path):
+    def train_step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(dcgan, "train_step", train_step)
+    line = one_line(run_main(*small("--run", tmp_path / "run", "--steps", 1)))
+    assert "smaller --batch-size" in line and "2.00 GiB" in line
 
 
 # ---------------------------------------------------------------------------------------- import

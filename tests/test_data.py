@@ -679,8 +679,10 @@ def test_more_bad_pictures_than_max_bad_stop_the_start_with_the_list(tmp_path, c
     make_pictures(tmp_path / "p", 8)
     for name in ("x.jpg", "y.jpg"):
         (tmp_path / "p" / name).write_bytes(b"no picture")
-    with pytest.raises(dcgan.UserError, match=r"--max-bad(.|\n)*x\.jpg(.|\n)*y\.jpg"):
+    with pytest.raises(dcgan.UserError, match=r"--max-bad(.|\n)*x\.jpg(.|\n)*y\.jpg") as e:
         dcgan.load_pictures(config(tmp_path / "p", max_bad=0.1))
+    index = Path(str(e.value).splitlines()[0].split("delete ")[1])  # a disk that could not be read for a moment
+    assert index.name.endswith(".json") and "x.jpg" in index.read_text()
     assert len(dcgan.load_pictures(config(tmp_path / "p", max_bad=0.2))) == 8
 
 
@@ -919,9 +921,20 @@ def test_a_download_that_cannot_be_says_what_to_do_by_hand(name, tmp_path, monke
         assert "kaggle datasets download -d jessicali9530/celeba-dataset" in " ".join(str(e.value).split())
 
 
-def test_from_python_a_download_is_made(tiny, tmp_path, monkeypatch, faces):
+@pytest.mark.parametrize("data", ["", "celeb_dataset"])
+def test_from_python_a_download_is_made(tiny, tmp_path, monkeypatch, faces, data):
     asked = []
-    monkeypatch.setattr(dcgan, "download", lambda name, root: asked.append(name) or str(faces))
-    c = tiny(steps=1, data="", download="celeba")
-    assert dcgan.train(c) == 0 and asked == ["celeba"]
+    monkeypatch.setattr(dcgan, "download", lambda name, root: asked.append((name, root)) or str(faces))
+    c = tiny(steps=1, data=data, download="celeba")
+    assert dcgan.train(c) == 0 and asked == [("celeba", data)]
     assert dcgan.load(Path(c.run) / "generator.pt")["config"].data == str(faces)
+
+
+@pytest.mark.parametrize("fetch, preset", [("mnist", "mnist"), ("celeba", "best")])
+def test_nothing_is_downloaded_for_options_that_cannot_be(monkeypatch, capsys, fetch, preset):
+    monkeypatch.setattr(dcgan, "download", lambda name, root: pytest.fail("it was fetched first"))
+    assert dcgan.main(["--download", fetch, "--nz", "0"]) == 2
+    assert "nz is 0" in capsys.readouterr().err
+    found = []
+    monkeypatch.setattr(dcgan, "train", lambda c, given: found.append(c.preset) or 0)
+    assert dcgan.main(["--download", fetch]) == 0 and found == [preset]

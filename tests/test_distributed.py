@@ -144,6 +144,23 @@ def test_bad_numbers_of_one_process_move_none(together, arguments, tmp_path):
     assert all(torch.isfinite(t).all() for t in a["G"].values())
 
 
+def test_what_overflows_in_one_process_is_put_back_in_all(together, arguments, tmp_path):
+    """Only that process sees its running statistics; u and v, the averaged G and the count are everybody's."""
+    argv = arguments(tmp_path / "run", "--steps 6 --report-every 6", preset="classic"), "--spectral-norm", "--ema", 0.9
+    runs = together([*argv[0], *argv[1:]], watch="rank", faults=["huge_in_rank_1:3"])
+    done(runs)
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    for name, t in a["D"].items():
+        if name.endswith((".u", ".v", "weight", "bias")):
+            assert torch.equal(t, b["D"][name]), name
+    for name, t in a["ema"].items():
+        if "running" not in name:
+            assert torch.equal(t, b["ema"][name]), name
+    for state in a, b:
+        assert all(torch.isfinite(t).all() for name in ("G", "D", "ema") for t in state[name].values())
+    assert rows(tmp_path / "run")[0]["skipped"] == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_process_takes_the_run_down_with_a_message(together, arguments, tmp_path, rank):
     runs = together(arguments(tmp_path / "run", OFTEN, "--steps 100000"))
