@@ -99,7 +99,7 @@ PRESETS = {
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
     "best": dict(  # ours: the networks of classic, and more; benchmarks/results/ablation.md says what each is worth
-        batch_size=8, lr_d=2.5e-4, beta2=0.99, self_modulation=True, spectral_norm=True, flips=True, ema=0.9999,
+        batch_size=8, lr_d=2.5e-4, beta2=0.99, spectral_norm=True, flips=True, ema=0.9999,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
@@ -129,7 +129,7 @@ class Config:
     nz: int = opt(100, "length of the latent vector z", low=1)
     ngf: int = opt(64, "width of G, channels", low=1)
     ndf: int = opt(64, "width of D, channels", low=1)
-    self_modulation: bool = opt(False, "z scales the channels inside G, too [11]")
+    self_modulation: bool = opt(False, "z scales the channels inside G, too: learns faster, D may win sooner [11]")
     init: str = opt("dcgan", "first weights", choices=["dcgan", "normal", "keras"])
     slope: float = opt(0.2, "of LeakyReLU below 0")
     bn_eps: float = opt(1e-5, "BatchNorm: added to the variance")

@@ -49,7 +49,7 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "copied recipe": ("classic", COPIED),  # pytorch/examples
     **{name: (name, "") for name in ("classic", "regularized", "keras", "best")},
     # what each ingredient of best is worth, and what may not matter; that of EMA: best is scored with and without
-    "best without self-modulation": ("best", "--no-self-modulation"),  # the preset until 2026-11-28
+    "best with self-modulation": ("best", "--self-modulation"),
     "best without spectral norm": ("best", "--no-spectral-norm"),
     "best without flips": ("best", "--no-flips"),
     "best at batch 16": ("best", "--batch-size 16"),
@@ -61,7 +61,7 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "best in fp32": ("best", "--precision fp32"),
     "best with fused kernels": ("best", "--fused"),
     # the preset until 2026-11-27
-    "former best": ("best", "--batch-size 16 --lr-d 5e-4 --ema 0.998 --no-self-modulation"),
+    "former best": ("best", "--batch-size 16 --lr-d 5e-4 --ema 0.998"),
 }
 DIGITS = {  # as FACES, by epochs; without flips, since a mirrored digit is none
     "mnist": ("mnist", ""),

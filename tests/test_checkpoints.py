@@ -332,8 +332,9 @@ def test_a_config_file_of_another_language_is_one_line(run, capsys):
     refused(run, capsys, "config.json")
 
 
-def test_an_option_younger_than_the_run_is_off_in_it_whatever_its_preset_says_now(run):
-    """Runs of `best` from before it had self-modulation draw and go on as they were."""
+def test_an_option_younger_than_the_run_is_off_in_it_whatever_its_preset_says_now(run, monkeypatch):
+    """As if `best` had got self-modulation since: its earlier runs draw and go on as they were."""
+    monkeypatch.setitem(dcgan.PRESETS, "best", {**dcgan.PRESETS["best"], "self_modulation": True})
     config = json.loads((run / "config.json").read_text()) | {"preset": "best"}
     assert dcgan.config("best").self_modulation and not config.pop("self_modulation")
     before = dcgan.load_generator(run)
