@@ -71,8 +71,6 @@ from tqdm import tqdm
 FORMAT = 1  # of checkpoints and caches: a file of another format is refused, never guessed at
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them this is: as torchrun sets them
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
-
-
 TOO_LARGE = "the device has not enough memory: take a smaller --batch-size, or --image-size in another run"
 
 
@@ -1185,7 +1183,7 @@ def open_folder(run):
 
 def take(sums):
     """-> the means over good steps of what train_step gave, and how many steps were good, bad.  Then the sums are 0
-    again.  Of all that a step does, only this waits for the device."""
+    again.  Of all that is done at a step only this, and report before it, waits for the device."""
     *values, good, bad = sums.tolist()
     sums.zero_()
     means = {name: round(value / max(1, good), 5) for name, value in zip(NUMBERS, values, strict=False)}

@@ -60,8 +60,7 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "best at EMA 0.998": ("best", "--ema 0.998"),
     "best in fp32": ("best", "--precision fp32"),
     "best with fused kernels": ("best", "--fused"),
-    # the preset until 2026-11-27
-    "former best": ("best", "--batch-size 16 --lr-d 5e-4 --ema 0.998"),
+    "former best": ("best", "--batch-size 16 --lr-d 5e-4 --ema 0.998"),  # the preset until 2026-11-27
 }
 DIGITS = {  # as FACES, by epochs; without flips, since a mirrored digit is none
     "mnist": ("mnist", ""),

@@ -146,8 +146,8 @@ def test_bad_numbers_of_one_process_move_none(together, arguments, tmp_path):
 
 def test_what_overflows_in_one_process_is_put_back_in_all(together, arguments, tmp_path):
     """Only that process sees its running statistics; u and v, the averaged G and the count are everybody's."""
-    argv = arguments(tmp_path / "run", "--steps 6 --report-every 6", preset="classic"), "--spectral-norm", "--ema", 0.9
-    runs = together([*argv[0], *argv[1:]], watch="rank", faults=["huge_in_rank_1:3"])
+    argv = arguments(tmp_path / "run", "--steps 6 --report-every 6 --spectral-norm --ema 0.9", preset="classic")
+    runs = together(argv, watch="rank", faults=["huge_in_rank_1:3"])
     done(runs)
     a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     for name, t in a["D"].items():
