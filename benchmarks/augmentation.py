@@ -5,7 +5,8 @@
 All that D sees, real and fake, is turned, scaled, shifted and coloured with a probability p, so that no picture comes
 twice.  G learns from what D says of augmented fakes; as long as p stays below 1, what it draws is not augmented.  p is
 steered: it rises while D is too sure of the real pictures, the mean sign of its logits above TARGET, and falls below.
-p is 0 at first, so that a young D is not held back.  p and that mean are buffers of D: a checkpoint has them, so --resume is this program's; dcgan.py draws from its runs.
+p is 0 at first, so that a young D is not held back.  p and that mean are buffers of D: a checkpoint has them, so that
+such a run goes on by this program only (--resume); dcgan.py generates from it as from any other.
 benchmarks/results/ablation.md says what it brought.  Karras et al. 2020, arXiv:2006.06676.
 """
 
