@@ -28,6 +28,7 @@ The game alone is Generator, Discriminator and train_step.
  [9] White 2016, Sampling generative networks: spherical interpolation, arXiv:1609.04468
 [10] Glorot, Bengio 2010, Understanding the difficulty of training deep networks: Keras' first weights
 [11] Chen et al. 2018, On self modulation for GANs: z acts in all of G, arXiv:1810.01365
+[12] Karras et al. 2020, Training GANs with limited data: adaptive augmentation, arXiv:2006.06676
 """
 
 import argparse
@@ -97,7 +98,8 @@ PRESETS = {
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
     "best": dict(  # ours: the networks of classic, and more; benchmarks/results/ablation.md says what each is worth
-        batch_size=8, lr_d=2.5e-4, beta2=0.99, spectral_norm=True, flips=True, ema=0.9999,
+        batch_size=8, lr_d=2.5e-4, beta2=0.99, self_modulation=True, spectral_norm=True, augment=True, flips=True,
+        ema=0.9999,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
@@ -127,7 +129,7 @@ class Config:
     nz: int = opt(100, "length of the latent vector z", low=1)
     ngf: int = opt(64, "width of G, channels", low=1)
     ndf: int = opt(64, "width of D, channels", low=1)
-    self_modulation: bool = opt(False, "z scales the channels inside G, too: learns faster, D may win sooner [11]")
+    self_modulation: bool = opt(False, "z scales the channels inside G, too: G learns faster [11]")
     init: str = opt("dcgan", "first weights", choices=["dcgan", "normal", "keras"])
     slope: float = opt(0.2, "of LeakyReLU below 0")
     bn_eps: float = opt(1e-5, "BatchNorm: added to the variance")
@@ -141,6 +143,7 @@ class Config:
     real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]", high=1)
     noise: float = opt(0.0, "std of noise on D's input, falling linearly to 0 [6]")
     noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start")
+    augment: bool = opt(False, "turn, shift, scale, colour what D sees, the more the surer it is of real pictures [12]")
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both", high=1)
     lr_d: float = opt(5e-4, "learning rate of D [7]", high=1)
@@ -683,9 +686,48 @@ class Generator(nn.Module):
         return x
 
 
+def augment(x, p):
+    """Pictures (N, nc, H, H), p () -> such pictures, each with probability p turned by up to 14 degrees, shifted by up
+    to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
+    n, size, chance = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
+    on = (torch.rand(n, 1, 1, **chance) < p).to(x.dtype)
+    angle = (torch.rand(n, 1, 1, **chance) - 0.5) * 0.5 * on
+    scale = torch.exp(torch.randn(n, 1, 1, **chance) * 0.15 * on)
+    right, down = (torch.rand(2, n, 1, 1, **chance) - 0.5) * (size / 4) * on
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    i = torch.arange(size, **chance) - (size - 1) / 2  # pixels, from the centre
+
+    def nearest(place):  # the two pixels, in a row or column, between which a place lies, and how far it is on its way
+        place = (place + size / 2).remainder(2 * size)
+        place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
+        low = place.floor()
+        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]
+
+    def at(row, column):
+        where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+        return x.flatten(2).gather(2, where).unflatten(2, (size, size))
+
+    # bilinear; F.grid_sample has no gradient on MPS, and on CUDA none that is the same every time
+    y0, y1, way_y = nearest(sin * i + cos * i[:, None] + down)
+    x0, x1, way_x = nearest(cos * i - sin * i[:, None] + right)
+    x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
+    on = (torch.rand(n, 1, 1, 1, **chance) < p).to(x.dtype)
+    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **chance) * on for std in (0.4, 0.2, 0.2))
+    grey = x.mean(1, keepdim=True)
+    x = (grey + (x - grey) * saturation.exp()) * contrast.exp() + light
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class Discriminator(nn.Module):
     """Pictures (N, nc, H, W) -> logits (N,).  Several mini-batches go through in one pass, each with BatchNorm
-    statistics of its own, as D(torch.cat([real, fake]), groups=2)."""
+    statistics of its own, as D(torch.cat([real, fake]), groups=2).
+
+    Where c.augment, all that it sees in training is augmented, real and fake, with a probability p that rises while D
+    is too sure of real pictures, so that it cannot learn few by heart [12].  p begins at 0, and stays below 1, or G
+    would learn to draw augmented ones."""
+
+    SURE, MOST = 0.5, 0.8  # the mean sign of the logits of real pictures that p is steered to; the largest p
+    SLOW = 50_000  # real pictures in which p would go from 0 to 1
 
     def __init__(self, c, ops=PLAIN):
         super().__init__()
@@ -700,8 +742,13 @@ class Discriminator(nn.Module):
             block.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
             for _ in range(15):  # as torch.nn.utils.parametrizations.spectral_norm begins
                 spectral_norm([weight], [block.u], [block.v], 1e-12, update=True)
+        if c.augment:
+            self.register_buffer("p", torch.zeros(()))
+            self.register_buffer("sure", torch.zeros(()))  # a moving mean
 
     def forward(self, x, groups=1):
+        augmented = self.config.augment and self.training
+        x = augment(x, self.p) if augmented else x
         weights = [None] * len(self.blocks)  # each block's own
         if self.config.spectral_norm:
             weights = [block.layer.weight for block in self.blocks]
@@ -709,7 +756,13 @@ class Discriminator(nn.Module):
             weights = self.ops.spectral_norm(weights, us, vs, 1e-12, self.training)
         for block, weight in zip(self.blocks, weights, strict=True):
             x = block(x, weight, groups)
-        return x.flatten().to(torch.promote_types(x.dtype, torch.float32))
+        logits = x.flatten().to(torch.promote_types(x.dtype, torch.float32))
+        if augmented and groups == 2:  # D's turn: the first half is real
+            with torch.no_grad():
+                self.sure += 0.005 * (logits[: len(x) // 2].sign().mean() - self.sure)
+                self.p += torch.sign(self.sure - self.SURE) * (self.config.batch_size / self.SLOW)
+                self.p.clamp_(0, self.MOST)
+        return logits
 
 
 def to_range(pixels, c):
@@ -757,8 +810,8 @@ def draw_inputs(c, pictures, step, device):
     if c.noise and step < c.noise_steps:
         std = c.noise * (1 - step / c.noise_steps)
         noise = std * torch.randn(3, size, *real.shape[1:], **chance)[:, here]
-    if c.dropout or c.dropout2d:
-        torch.manual_seed(key(c.seed, "dropout", step, RANK))  # what D drops is each process's own
+    if c.dropout or c.dropout2d or c.augment:
+        torch.manual_seed(key(c.seed, "dropout", step, RANK))  # what D drops and augments is each process's own
     return real, z, noise
 
 
@@ -1229,7 +1282,7 @@ def warn(run, x):
             "as real ones. Go back to a snapshot; try a lower --lr-g or a larger --batch-size")  # fmt: skip
     if above < 0.2:
         say(f"step {run.step}: D has won: its loss has long been near the least, and G learns little from it. Try a "
-            "lower --lr-d, --spectral-norm, --real-label 0.9, --noise 0.1 or --dropout2d 0.25")  # fmt: skip
+            "lower --lr-d, --augment, --spectral-norm, --real-label 0.9 or --dropout2d 0.25")  # fmt: skip
     if all(values[-1] - values[0] < 1e-3 for values in losses.values()):
         say(f"step {run.step}: the losses are flat: neither network learns. Try another --lr or --init")
 

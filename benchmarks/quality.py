@@ -45,11 +45,14 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PROTOCOL = dict(features="torch-fidelity inception-v3-compat 2048", resize="TF 1 bilinear to 299x299")
 FEW = 1000  # pictures whose nearest neighbours are looked for
 COPIED = "--optimizer adam --weight-decay 0 --lr 2e-4 --beta1 0.5 --beta2 0.999 --no-flips --ema 0.999"
+PLAIN = "--no-augment --no-self-modulation"
 FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "copied recipe": ("classic", COPIED),  # pytorch/examples
     **{name: (name, "") for name in ("classic", "regularized", "keras", "best")},
     # what each ingredient of best is worth, and what may not matter; that of EMA: best is scored with and without
-    "best with self-modulation": ("best", "--self-modulation"),
+    "best without augmentation": ("best", "--no-augment"),
+    "best without self-modulation": ("best", "--no-self-modulation"),
+    "plain best": ("best", PLAIN),  # the preset until 2026-11-28
     "best without spectral norm": ("best", "--no-spectral-norm"),
     "best without flips": ("best", "--no-flips"),
     "best at batch 16": ("best", "--batch-size 16"),
@@ -60,7 +63,7 @@ FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "best at EMA 0.998": ("best", "--ema 0.998"),
     "best in fp32": ("best", "--precision fp32"),
     "best with fused kernels": ("best", "--fused"),
-    "former best": ("best", "--batch-size 16 --lr-d 5e-4 --ema 0.998"),  # the preset until 2026-11-27
+    "former best": ("best", f"{PLAIN} --batch-size 16 --lr-d 5e-4 --ema 0.998"),  # the preset until 2026-11-27
 }
 DIGITS = {  # as FACES, by epochs; without flips, since a mirrored digit is none
     "mnist": ("mnist", ""),

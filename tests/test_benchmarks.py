@@ -12,8 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import augmentation  # noqa: E402 - after the path to it
-import step as steps  # noqa: E402
+import step as steps  # noqa: E402 - after the path to it
 from common import dcgan, table  # noqa: E402
 
 
@@ -97,37 +96,3 @@ def test_a_table_has_a_cell_for_every_column_and_none_for_nothing():
     rows = [{"a": 1, "b": None}, {"a": 2, "b": 3}]
     lines = table(rows, {"first": "a", "twice": lambda row: 2 * row["a"], "second": "b"})
     assert lines == ["| first | twice | second |", "|---|---|---|", "| 1 | 2 |  |", "| 2 | 4 | 3 |"]
-
-
-def test_augmentation_leaves_all_or_nothing_as_it_was():
-    x = torch.rand(8, 3, 16, 16) * 2 - 1
-    torch.testing.assert_close(augmentation.augment(x, torch.tensor(0.0)), x, atol=1e-5, rtol=0)
-    y = augmentation.augment(x, torch.tensor(1.0))
-    assert y.shape == x.shape and y.isfinite().all() and (y - x).abs().mean((1, 2, 3)).min() > 0.01
-
-
-def test_the_more_often_d_knows_a_real_picture_the_more_is_augmented():
-    D = augmentation.Augmented(dcgan.config("best", image_size=16, ndf=4))
-    both = torch.randn(8, 3, 16, 16)
-    for sure, moves in (1.0, 4 / augmentation.SPEED), (0.0, -4 / augmentation.SPEED):
-        D.p.fill_(0.3), D.sure.fill_(sure)
-        D(both, groups=2)
-        assert D.p.item() == pytest.approx(0.3 + moves, abs=1e-7)
-    p = D.p.clone()
-    D(both), D.eval()(both, groups=2)  # G's turn; no training
-    assert torch.equal(D.p, p)
-
-
-def test_a_run_with_augmentation_goes_on_as_if_it_had_never_stopped(faces, cache, tmp_path, monkeypatch):
-    for name in ("draw_inputs", "Discriminator"):
-        monkeypatch.setattr(dcgan, name, getattr(dcgan, name))  # put back afterwards
-    monkeypatch.setattr(augmentation, "TARGET", -1.0)  # p rises with each step, to 0.5 in the end
-    monkeypatch.setattr(augmentation, "SPEED", 64)
-    words = "--preset best --image-size 16 --nz 8 --ngf 4 --ndf 4 --samples 4 --workers 0 --device cpu --precision fp32"
-    for name, steps_in_all in ("a", "4"), ("b", "2"):
-        more = ["--data", str(faces), "--cache", str(cache), "--run", str(tmp_path / name), "--steps", steps_in_all]
-        assert augmentation.main([*words.split(), *more]) == 0
-    assert augmentation.main(["--run", str(tmp_path / "b"), "--resume", "--steps", "4"]) == 0
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
-    assert a["D"]["p"] == 0.5 and a["step"] == b["step"] == 4
-    assert all(torch.equal(a["D"][name], b["D"][name]) for name in a["D"])

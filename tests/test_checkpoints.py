@@ -332,18 +332,19 @@ def test_a_config_file_of_another_language_is_one_line(run, capsys):
     refused(run, capsys, "config.json")
 
 
-def test_an_option_younger_than_the_run_is_off_in_it_whatever_its_preset_says_now(run, monkeypatch):
-    """As if `best` had got self-modulation since: its earlier runs draw and go on as they were."""
-    monkeypatch.setitem(dcgan.PRESETS, "best", {**dcgan.PRESETS["best"], "self_modulation": True})
+def test_an_option_younger_than_the_run_is_off_in_it_whatever_its_preset_says_now(run):
+    """Runs of `best` from before it had self-modulation and augmentation draw and go on as they were."""
     config = json.loads((run / "config.json").read_text()) | {"preset": "best"}
-    assert dcgan.config("best").self_modulation and not config.pop("self_modulation")
+    for name in ("self_modulation", "augment"):
+        assert getattr(dcgan.config("best"), name) and not config.pop(name)
     before = dcgan.load_generator(run)
     for file in run.rglob("*.pt"):
         saved = torch.load(file, weights_only=True)
         torch.save({**saved, "config": config}, file)
     (run / "config.json").write_text(json.dumps(config))
     after, z = dcgan.load_generator(run), torch.randn(4, config["nz"])
-    assert after.config.preset == "best" and not after.config.self_modulation and torch.equal(before(z), after(z))
+    assert after.config.preset == "best" and not (after.config.self_modulation or after.config.augment)
+    assert torch.equal(before(z), after(z))
     assert dcgan.main(["--run", str(run), "--resume", "--steps", "4"]) == 0
     assert dcgan.load(run / "checkpoint.pt")["step"] == 4
 

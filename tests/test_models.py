@@ -77,7 +77,7 @@ PARAMETERS = {  # as the sources count them, without running statistics
     "mnist": (2_305_472, 212_865),
     "regularized": (13_117_184, 11_036_160),
     "demo": (568_224, 167_808),
-    "best": (3_576_704, 2_765_568),
+    "best": (3_672_704, 2_765_568),
 }
 
 
@@ -191,6 +191,73 @@ def test_self_modulation_lets_z_scale_what_enters_each_layer_of_g_but_the_first(
     for scale in scales:
         scale.data.zero_()
     assert torch.equal(G(z), without(z))
+
+
+def augmented_by_torch(x, p):
+    """What dcgan.augment is to give, by affine_grid and grid_sample, with the same random numbers."""
+    n, chance = len(x), dict(dtype=x.dtype)
+    on = (torch.rand(n, 1, 1, **chance) < p).to(x.dtype)
+    angle = (torch.rand(n, 1, 1, **chance) - 0.5) / 2 * on
+    scale = torch.exp(torch.randn(n, 1, 1, **chance) * 0.15 * on)
+    right, down = (torch.rand(2, n, 1, 1, **chance) - 0.5) / 2 * on  # grid_sample's unit is half a side
+    rows = [scale * angle.cos(), -scale * angle.sin(), right, scale * angle.sin(), scale * angle.cos(), down]
+    places = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, places, padding_mode="reflection", align_corners=False)
+    on = (torch.rand(n, 1, 1, 1, **chance) < p).to(x.dtype)
+    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **chance) * on for std in (0.4, 0.2, 0.2))
+    grey = x.mean(1, keepdim=True).expand_as(x)
+    return torch.lerp(grey, x, saturation.exp()) * contrast.exp() + light
+
+
+@pytest.mark.parametrize("shape", [(32, 3, 16, 16), (32, 1, 28, 28), (8, 3, 65, 65)])
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_augmentation_is_what_grid_sample_would_do(shape, p):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for augment in (dcgan.augment, augmented_by_torch):
+        torch.manual_seed(3)
+        y = augment(x, torch.tensor(p))
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-10)
+    changed = (results[0][0] - x).abs().amax((1, 2, 3)) > 1e-9
+    low, high = {0.0: (0, 0), 0.5: (1, len(x)), 1.0: (len(x), len(x))}[p]
+    assert low <= changed.sum() <= high
+
+
+def test_each_picture_is_augmented_by_itself():
+    x = torch.rand(1, 3, 16, 16).expand(2000, -1, -1, -1)
+    torch.manual_seed(0)
+    same = (dcgan.augment(x, torch.tensor(0.3)) - x).abs().amax((1, 2, 3)) < 1e-5
+    assert abs(same.float().mean() - 0.7**2) < 0.04  # neither turned nor coloured
+
+
+@pytest.mark.parametrize("preset", LAYERS)
+def test_the_more_often_d_knows_a_real_picture_the_more_is_augmented(preset):
+    c, _, D = networks(preset, augment=True, ngf=8, ndf=8)
+    both = torch.randn(8, c.nc, c.image_size, c.image_size)
+    for sure, moves in (1.0, c.batch_size / D.SLOW), (0.0, -c.batch_size / D.SLOW):
+        D.p.fill_(0.3), D.sure.fill_(sure)
+        logits = D(both, groups=2)
+        assert D.p.item() == pytest.approx(0.3 + moves, abs=1e-7)
+        assert D.sure.item() == pytest.approx(sure + 0.005 * (logits[:4].sign().mean().item() - sure), abs=1e-6)
+    D.p.fill_(D.MOST), D.sure.fill_(1)
+    D(both, groups=2)
+    assert D.p.item() == pytest.approx(D.MOST)
+    before = D.sure.clone()
+    D(both), D.eval()(both, groups=2)  # G's turn; no training
+    assert torch.equal(D.sure, before) and torch.equal(D.p, torch.tensor(D.MOST))
+
+
+def test_what_d_sees_is_augmented_in_training_alone():
+    c, _, D = networks("best", augment=True, ngf=8, ndf=8)
+    _, _, plain = networks("best", augment=False, ngf=8, ndf=8)
+    assert D.state_dict().keys() - plain.state_dict().keys() == {"p", "sure"}
+    plain.load_state_dict(D.state_dict(), strict=False)
+    x = torch.randn(4, 3, 64, 64)
+    D.p.fill_(1)
+    assert torch.equal(D.eval()(x), plain.eval()(x))
+    assert (D.train()(x) - plain.train()(x)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -99,6 +99,16 @@ def test_every_ingredient_goes_on(arguments, whole, tmp_path, options):
     same_run(whole(arguments, OFTEN, options), tmp_path / "run")
 
 
+@pytest.mark.parametrize("preset", ["demo", "mnist"])
+def test_augmentation_goes_on(arguments, tmp_path, preset, monkeypatch):
+    monkeypatch.setattr(dcgan.Discriminator, "SURE", -1.0)  # p rises from the first step on
+    monkeypatch.setattr(dcgan.Discriminator, "SLOW", 10)
+    assert dcgan.main(arguments(tmp_path / "whole", OFTEN, "--augment", preset=preset)) == 0
+    stop_and_resume(arguments, tmp_path / "run", [7], OFTEN, "--augment", preset=preset)
+    same_run(tmp_path / "whole", tmp_path / "run")
+    assert saved(tmp_path / "run" / "checkpoint.pt")["D"]["p"] == pytest.approx(dcgan.Discriminator.MOST)
+
+
 @pytest.fixture(scope="session")
 def kernels():
     """Skips where the fused kernels cannot be had."""

@@ -231,6 +231,7 @@ def test_the_rest_of_each_preset_is_as_in_its_source():
     assert dcgan.config("demo").ema > 0
     best = dcgan.config("best")
     assert (best.lr_g, best.lr_d, best.beta1, best.beta2, best.ema) == (5e-4, 2.5e-4, 0.5, 0.99, 0.9999)
+    assert best.self_modulation and best.augment
 
 
 # ---------------------------------------------------------------------------------------- who learns from what
