@@ -32,7 +32,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_every_option_in_the_readme_exists():
     used = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]+)", README))
     options = {name.replace("_", "-") for name in dcgan.FIELDS} | {"lr", "seeds", "out"}
-    options |= {f"no-{name}" for name, f in dcgan.FIELDS.items() if f.type is bool}
+    options |= {f"no-{name}".replace("_", "-") for name, f in dcgan.FIELDS.items() if f.type is bool}
     options |= {alias.removeprefix("--") for f in dcgan.FIELDS.values() for alias in f.metadata["alias"]}
     elsewhere = {"help", "check", "nproc-per-node", "faces", "mnist", "weights"}  # the last three: quality.py
     assert used - options - elsewhere == set()
