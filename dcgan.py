@@ -707,7 +707,7 @@ def augment(x, p):
         where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
         return x.flatten(2).gather(2, where).unflatten(2, (size, size))
 
-    # bilinear; F.grid_sample has no gradient on MPS, and on CUDA none that is the same every time
+    # bilinear, as F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
     y0, y1, way_y = nearest(sin * i + cos * i[:, None] + down)
     x0, x1, way_x = nearest(cos * i - sin * i[:, None] + right)
     x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
@@ -1432,10 +1432,7 @@ def read_options(argv):
     wide = functools.partial(argparse.HelpFormatter, max_help_position=36, width=120)
     p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
     p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
-    p.epilog = (
-        "presets: best, for a folder; classic, PyTorch's DCGAN on CelebA; regularized, with all that might help; "
-        "keras, the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces"
-    )
+    p.epilog = "presets: best, a folder; demo, drawn faces; after their sources: classic, regularized, keras, mnist"
     group = p
     for f in FIELDS.values():
         m, kind = f.metadata, {"action": argparse.BooleanOptionalAction}
