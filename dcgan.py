@@ -1432,7 +1432,10 @@ def read_options(argv):
     wide = functools.partial(argparse.HelpFormatter, max_help_position=36, width=120)
     p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
     p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
-    p.epilog = "presets: best, a folder; demo, drawn faces; after their sources: classic, regularized, keras, mnist"
+    p.epilog = (
+        "presets: best, for a folder; classic, PyTorch's DCGAN on CelebA; regularized, with all that might help; "
+        "keras, the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces"
+    )
     group = p
     for f in FIELDS.values():
         m, kind = f.metadata, {"action": argparse.BooleanOptionalAction}
