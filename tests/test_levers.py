@@ -74,6 +74,27 @@ def test_compiled_for_this_machine_it_is_the_same_step(preset, fused, start):
     assert all(t.isfinite().all() for t in everything(compiled).values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_in_a_step_asks_for_a_value_or_leaves_the_device(preset, tiny, monkeypatch):
+    """On "meta", where tensors have a shape and no values: what would wait for a GPU, break a capture, or mix tensors
+    of the CPU with those of a GPU, raises here.  The optimisers are torch's and stay outside."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # there is none for meta
+    c = tiny(preset, ema=0.9, augment=True, dropout=0.1, dropout2d=0.1, noise=0.1)
+    with torch.device("meta"):
+        G, D, ema = dcgan.Generator(c), dcgan.Discriminator(c), dcgan.Generator(c)
+
+    def optimizer(net):
+        return types.SimpleNamespace(
+            param_groups=[{"params": list(net.parameters())}], step=lambda: None, zero_grad=net.zero_grad
+        )
+
+    n, picture = c.batch_size, (c.nc, c.image_size, c.image_size)
+    shapes = (n, *picture), (2, n, c.nz), (3, n, *picture), ()
+    inputs = [torch.randn(shape, device="meta") for shape in shapes]
+    numbers = dcgan.train_step(c, G, D, ema, optimizer(G), optimizer(D), *inputs)
+    assert numbers.is_meta and numbers.shape == (len(dcgan.NUMBERS),)
+
+
 class StandIn:
     """What torch.cuda offers for graphs, on the CPU: the capture runs the step, a replay runs it again."""
 
