@@ -14,7 +14,7 @@ Two networks play a game [1].  G turns noise z into a picture; D tells real pict
 the probability that D gives to x being real.  D maximises log D(x) + log(1 - D(G(z))), G maximises log D(G(z)).
 
 Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
-`logits` are D before its sigmoid.  Read from top to bottom: nothing refers to anything further down.
+`logits` are D before its sigmoid.  Read from top to bottom: no code uses anything further down.
 The game alone is Generator, Discriminator and train_step.
 
  [1] Goodfellow et al. 2014, Generative adversarial nets, arXiv:1406.2661
@@ -84,7 +84,7 @@ class UserError(Exception):
 # The systems.  A preset is a row of values; what it leaves out is Config's default, and where its source names no
 # value it is ours: see the README.
 PRESETS = {
-    "classic": dict(optimizer="adamw", weight_decay=0.01),  # PyTorch's dcgan.py on CelebA
+    "classic": dict(optimizer="adamw", weight_decay=0.01),  # a PyTorch script on CelebA
     "regularized": dict(  # the PyTorch notebook that adds all that might help
         nz=128, ngf=128, ndf=128, init="normal", flips=True, spectral_norm=True, dropout2d=0.25, update="fresh",
         real_label=0.9, noise=0.1, lr_g=1e-4, lr_d=4e-4, batch_size=128, epochs=60,
@@ -176,6 +176,8 @@ class Config:
     max_bad: float = opt(0.01, "more unreadable pictures than this share stop the start", high=1)
     download: str = opt("", "fetch into --data with torchvision", choices=["", "celeba", "mnist"])
 
+    given = frozenset()  # no option: the names of those that config was given
+
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # how long, how often, where
@@ -207,6 +209,7 @@ def config(preset="classic", **overrides):
     if not re.fullmatch(r"(\d+(\.\d+)?[smh])?", c.time_limit):
         raise UserError(f"time_limit is {c.time_limit!r}; write 90s, 30m or 2h")
     halvings(c)  # raises where the networks cannot have this image_size
+    c.given = frozenset(overrides)
     return c
 
 
@@ -693,7 +696,7 @@ def augment(x, p):
     on = (torch.rand(n, 1, 1, **chance) < p).to(x.dtype)
     angle = (torch.rand(n, 1, 1, **chance) - 0.5) * 0.5 * on
     scale = torch.exp(torch.randn(n, 1, 1, **chance) * 0.15 * on)
-    right, down = (torch.rand(2, n, 1, 1, **chance) - 0.5) * (size / 4) * on
+    dx, dy = (torch.rand(2, n, 1, 1, **chance) - 0.5) * (size / 4) * on
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     i = torch.arange(size, **chance) - (size - 1) / 2  # pixels, from the centre
 
@@ -707,9 +710,10 @@ def augment(x, p):
         where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
         return x.flatten(2).gather(2, where).unflatten(2, (size, size))
 
-    # bilinear, as F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
-    y0, y1, way_y = nearest(sin * i + cos * i[:, None] + down)
-    x0, x1, way_x = nearest(cos * i - sin * i[:, None] + right)
+    # where in x each pixel comes from, so that the picture moves the other way; between pixels bilinear, as
+    # F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
+    y0, y1, way_y = nearest(sin * i + cos * i[:, None] + dy)
+    x0, x1, way_x = nearest(cos * i - sin * i[:, None] + dx)
     x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
     on = (torch.rand(n, 1, 1, 1, **chance) < p).to(x.dtype)
     saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **chance) * on for std in (0.4, 0.2, 0.2))
@@ -724,7 +728,7 @@ class Discriminator(nn.Module):
 
     Where c.augment, all that it sees in training is augmented, real and fake, with a probability p that rises while D
     is too sure of real pictures, so that it cannot learn few by heart [12].  p begins at 0, and stays below 1, or G
-    would learn to draw augmented ones."""
+    would learn to draw augmented ones.  It moves where groups is 2, the first half real: at D's turn."""
 
     SURE, MOST = 0.5, 0.8  # the mean sign of the logits of real pictures that p is steered to; the largest p
     SLOW = 50_000  # real pictures in which p would go from 0 to 1
@@ -757,7 +761,7 @@ class Discriminator(nn.Module):
         for block, weight in zip(self.blocks, weights, strict=True):
             x = block(x, weight, groups)
         logits = x.flatten().to(torch.promote_types(x.dtype, torch.float32))
-        if augmented and groups == 2:  # D's turn: the first half is real
+        if augmented and groups == 2:
             with torch.no_grad():
                 self.sure += 0.005 * (logits[: len(x) // 2].sign().mean() - self.sure)
                 self.p += torch.sign(self.sure - self.SURE) * (self.config.batch_size / self.SLOW)
@@ -1229,7 +1233,7 @@ def open_folder(run):
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
     real = run.pictures[batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples, run.pictures.device)].cpu()
     save_picture(grid(real), folder / "samples" / "real.png")
-    run.variety = max(1.0, variety(real))  # what warn compares with
+    run.variety = max(1.0, variety(real[: max(2, len(run.pictures))]))  # what warn compares with; of each picture once
     if run.step:  # a kill may have come between checkpoint.pt and this
         save_generator(run, folder / "generator.pt")
 
@@ -1271,20 +1275,23 @@ def report(run, bar):
 
 def warn(run, x):
     """Say, while it happens, what the numbers and the fixed pictures x tell of a game that has gone wrong."""
-    last, share = run.rows[-20:], variety(x) / run.variety
+    c, last, share = run.c, run.rows[-20:], variety(x) / run.variety
     if len(last) < 20:
         return
     losses = {name: sorted(row[name] for row in last) for name in ("loss_d", "loss_g")}
-    least = -sum(p * math.log(p) for p in (run.c.real_label, 1 - run.c.real_label) if p)  # of a D that is always right
-    above = losses["loss_d"][10] * (2 if run.c.loss == "mean" else 1) - least  # the median
+    least = -sum(p * math.log(p) for p in (c.real_label, 1 - c.real_label) if p)  # of a D that is always right
+    above = losses["loss_d"][10] * (2 if c.loss == "mean" else 1) - least  # the median
     if share < 1 / 3:
         say(f"step {run.step}: G has collapsed, or is very young: its pictures most alike differ {share:.0%} as much "
-            "as real ones. Go back to a snapshot; try a lower --lr-g or a larger --batch-size")  # fmt: skip
+            "as real ones. Draw from an older snapshot, or begin anew with a lower --lr-g or a larger "
+            "--batch-size")  # fmt: skip
     if above < 0.2:
-        say(f"step {run.step}: D has won: its loss has long been near the least, and G learns little from it. Try a "
-            "lower --lr-d, --augment, --spectral-norm, --real-label 0.9 or --dropout2d 0.25")  # fmt: skip
+        brakes = {"--augment": c.augment, "--spectral-norm": c.spectral_norm, "--real-label 0.9": c.real_label < 1}
+        advice = " or ".join(["a lower --lr-d", *(option for option, on in brakes.items() if not on)])
+        say(f"step {run.step}: D has won: its loss has long been near the least, and G learns little from it. If the "
+            f"pictures get no better, begin anew with {advice}")  # fmt: skip
     if all(values[-1] - values[0] < 1e-3 for values in losses.values()):
-        say(f"step {run.step}: the losses are flat: neither network learns. Try another --lr or --init")
+        say(f"step {run.step}: the losses are flat: neither network learns. Begin anew with another --lr or --init")
 
 
 def sample(run):
@@ -1348,10 +1355,10 @@ def loop(run):
 
 def train(c, given=None):
     """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.  `given` names
-    what a resumed run is to change; None: all in which c is not its preset."""
+    what a resumed run is to change; None: what config was given, and what is not c's preset."""
     if given is None:
         preset = config(c.preset)
-        given = {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
+        given = c.given | {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
     with claimed(c) as c, explained(TOO_LARGE, torch.OutOfMemoryError):
         return loop(set_up(c, given))
 
@@ -1433,15 +1440,15 @@ def read_options(argv):
     p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
     p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
     p.epilog = (
-        "presets: best, for a folder; classic, PyTorch's DCGAN on CelebA; regularized, with all that might help; "
-        "keras, the TF and Keras scripts on CelebA; mnist, the TF tutorial; demo, small, for the drawn faces"
+        "in brackets: where the preset says nothing. Presets: best, for a folder; classic, a PyTorch script on CelebA; "
+        "regularized, with all that might help; keras, the TF and Keras scripts; mnist, the TF tutorial; demo, small"
     )
     group = p
     for f in FIELDS.values():
         m, kind = f.metadata, {"action": argparse.BooleanOptionalAction}
         group = p.add_argument_group(m["group"]) if m["group"] else group
         if f.type is not bool:
-            metavar = "|".join(map(str, m["choices"] or [f.type.__name__.upper()]))
+            metavar = "|".join(str(x) for x in m["choices"] or [f.type.__name__.upper()] if x)
             kind = {"type": f.type, "choices": m["choices"], "metavar": metavar}
         default = f" ({f.default})" if f.default is not False and f.default not in ("", -1, "classic") else ""
         names = ["--" + f.name.replace("_", "-"), *m["alias"]]  # and the spellings of pytorch/examples

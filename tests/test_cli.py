@@ -118,7 +118,7 @@ def test_help_is_a_screen_and_a_half_and_tells_all(columns, run_main, monkeypatc
     for name, field in dcgan.FIELDS.items():
         assert f"--{name.replace('_', '-')}" in done.out
         assert field.metadata["help"] and " ".join(field.metadata["help"].split()) in " ".join(done.out.split())
-    about = " ".join(done.out.split("presets:")[1].split())
+    about = " ".join(done.out.split("Presets:")[1].split())
     assert all(f"{preset}, " in about for preset in PRESETS)
     assert all(word in done.out for word in ("generate", "interpolate", "info"))
 

@@ -65,6 +65,13 @@ def test_d_has_won_is_said_with_a_hint(capsys):
     assert "lr-d" in hints(out)
 
 
+def test_what_is_on_already_is_no_hint(capsys):
+    won = losses(loss_d=lambda i: 0.01, loss_g=lambda i: 9 + i % 2)
+    assert hints(said(capsys, won, augment=True, spectral_norm=True)) == ["lr-d", "real-label"]
+    won = losses(loss_d=lambda i: 0.4, loss_g=lambda i: 9 + i % 2)
+    assert hints(said(capsys, won, augment=True, real_label=0.9)) == ["lr-d", "spectral-norm"]
+
+
 def test_d_that_wins_only_now_and_then_has_not_won(capsys):
     assert said(capsys, losses(loss_d=lambda i: 0.8 if i % 2 else 0.01)) == ""
     assert said(capsys, losses(loss_d=lambda i: 0.01 if i < 20 else 1 + i % 3)) == ""  # it did, long ago
@@ -146,6 +153,26 @@ def test_equal_or_few_pictures_stop_no_run(arguments, tmp_path, capsys, n):
     argv = arguments(tmp_path / "run", "--steps 4 --sample-every 2 --report-every 1")
     argv[argv.index("--data") + 1] = str(data)
     assert dcgan.main(argv) == 0
+
+
+@pytest.mark.parametrize("n, collapsed", [(1, False), (3, True)])
+def test_fewer_pictures_than_a_grid_has_are_compared_once_each(arguments, tmp_path, monkeypatch, capsys, n, collapsed):
+    """Else each real one would have its own copy beside it, and no G could be less varied.  One alone tells nothing."""
+    data, plain = tmp_path / "data", dcgan.draw
+    data.mkdir()
+    for i in range(n):
+        dcgan.draw_face(i, 16).save(data / f"{i}.png")
+
+    def draw(*args):  # nearly the same eight times
+        x = plain(*args)[:1].repeat(8, 1, 1, 1)
+        x[:, 0, 0] = torch.arange(8, dtype=torch.uint8)[:, None]
+        return x
+
+    argv = arguments(tmp_path / "run", "--steps 24 --sample-every 24 --report-every 1 --samples 8")
+    argv[argv.index("--data") + 1] = str(data)
+    monkeypatch.setattr(dcgan, "draw", draw)
+    assert dcgan.main(argv) == 0
+    assert ("G has collapsed" in capsys.readouterr().out) == collapsed
 
 
 # Numbers that are none.

@@ -176,6 +176,16 @@ def test_from_python_a_resumed_run_takes_what_its_config_sets(arguments, tmp_pat
         dcgan.train(dcgan.config("demo", run=str(tmp_path), resume=True, seed=9))
 
 
+def test_from_python_a_value_that_is_the_preset_s_is_taken_too(arguments, tmp_path, monkeypatch):
+    monkeypatch.setitem(dcgan.PRESETS, "demo", dcgan.PRESETS["demo"] | {"steps": 4})
+    assert dcgan.main(arguments(tmp_path, "--steps 2")) == 0
+    assert dcgan.train(dcgan.config("demo", run=str(tmp_path), resume=True, steps=4)) == 0
+    assert saved(tmp_path / "checkpoint.pt")["step"] == 4
+    c = dcgan.config("demo", run=str(tmp_path), resume=True)
+    c.steps = 6  # set by hand
+    assert dcgan.train(c) == 0 and saved(tmp_path / "checkpoint.pt")["step"] == 6
+
+
 def test_a_time_limit_stops_it_and_resume_goes_on(arguments, whole, tmp_path, monkeypatch, capsys):
     now, plain = [0.0], dcgan.train_step
 
