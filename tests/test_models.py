@@ -170,6 +170,32 @@ def test_every_preset_works_at_every_usual_size(preset, size, nc):
     assert all(p.grad is not None for net in (G, D) for p in net.parameters())
 
 
+def trained_g(preset):
+    """A small G as load_generator gives it, with running statistics that are not 0 and 1, and five z."""
+    _, G, _ = networks(preset, ngf=4, image_size=28 if preset == "mnist" else 16)
+    z = dcgan.latent(range(5), G.config.nz)
+    with torch.no_grad():
+        G(z)
+    return G.eval().requires_grad_(False).to(memory_format=torch.channels_last), z
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_g_can_be_exported_for_any_number_of_z(preset):
+    G, z = trained_g(preset)
+    exported = torch.export.export(G, (z[:2],), dynamic_shapes=[{0: torch.export.Dim("n")}])
+    assert torch.equal(exported.module()(z), G(z))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_g_as_onnx_draws_the_same(preset, tmp_path):
+    pytest.importorskip("onnxscript", reason='draws outside of PyTorch: pip install -e ".[onnx]"')
+    runtime = pytest.importorskip("onnxruntime")
+    G, z = trained_g(preset)
+    torch.onnx.export(G, (z[:2],), tmp_path / "G.onnx", dynamo=True, dynamic_shapes=[{0: "n"}])  # as in the README
+    (x,) = runtime.InferenceSession(tmp_path / "G.onnx").run(None, {"z": z.numpy()})
+    torch.testing.assert_close(torch.from_numpy(x), G(z), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("preset", LAYERS)
 def test_self_modulation_lets_z_scale_what_enters_each_layer_of_g_but_the_first(preset):
     c, G, D = networks(preset, self_modulation=True, ngf=8, ndf=8)
