@@ -72,6 +72,7 @@ from tqdm import tqdm
 FORMAT = 1  # of checkpoints and caches: a file of another format is refused, never guessed at
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them this is: as torchrun sets them
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+NO_FOUND_INF = {"mps"}  # devices whose fused Adam refuses it, or ignores it, in some releases of torch
 TOO_LARGE = "the device has not enough memory: take a smaller --batch-size, or --image-size in another run"
 
 
@@ -99,7 +100,7 @@ PRESETS = {
     ),
     "best": dict(  # ours: the networks of classic, and more; benchmarks/results/ablation.md says what each is worth
         batch_size=8, lr_d=2.5e-4, beta2=0.99, self_modulation=True, spectral_norm=True, augment=True, flips=True,
-        ema=0.9999,
+        ema=0.9999, sample_every=500,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
@@ -245,7 +246,8 @@ def explained(what, *errors):
     """Errors of these kinds become one line: what they mean for the user, and in brackets what they say."""
     try:
         yield
-    except errors as e:
+    except (torch.OutOfMemoryError, *errors) as e:
+        what = TOO_LARGE if isinstance(e, torch.OutOfMemoryError) else what
         raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
 
 
@@ -270,6 +272,7 @@ def written_whole(path):
 # ---------------------------------------------------------------------------------------- data
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+OTHERS = {".heic", ".heif", ".avif", ".jxl", ".jp2"}  # pictures, too, that cannot be read: counted and named
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, some by running other programs
 DRAWN = 8192  # faces in the built-in data set
 
@@ -393,7 +396,7 @@ class Pictures(torch.utils.data.Dataset):
         what = f"--data {self.root} is no folder, .zip or idx file; give one"
         with explained(what, zipfile.BadZipFile, NotImplementedError, ValueError):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
-        pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
+        pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES | OTHERS]
         pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
         if not pictures:
             looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
@@ -438,10 +441,10 @@ def decode_all(pictures, c, array, index):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
-    loader = torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags)
+    batches = iter(torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags))  # the workers begin here
     left_out = []
     with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
-        for batch in loader:
+        for batch in batches:
             left_out += [x for x in batch if isinstance(x, str)]
             file.write(b"".join(x for x in batch if isinstance(x, bytes)))
             bar.update(len(batch))
@@ -468,7 +471,7 @@ def load_pictures(c):
         if not found:
             for half in cache.glob(".*.half"):  # of one that was killed
                 half.unlink()
-            with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError):
+            with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError, OSError):
                 decode_all(pictures, c, array, index)
     facts = found or read_index(array, index)
     shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
@@ -804,7 +807,7 @@ def draw_inputs(c, pictures, step, device):
     pixels = pictures[batch_indices(len(pictures), c.seed, step * size, (step + 1) * size, pictures.device)[here]]
     if device.type == "cuda" and not pixels.is_cuda:  # so that the copy waits for nothing
         pixels = pixels.pin_memory()
-    pixels = pixels.to(device, non_blocking=True)
+    pixels = pixels.to(device, non_blocking=device.type == "cuda")  # others would not keep pixels until then
     chance = dict(generator=torch.Generator(device).manual_seed(key(c.seed, "step", step)), device=device)
     z = torch.randn(2, size, c.nz, **chance)[:, here]
     if c.flips:
@@ -830,8 +833,10 @@ def apply_gradients(optimizer, loss, good):
         loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
         torch._foreach_copy_(grads, [mean.view(g.shape) for mean, g in zip(means, grads, strict=True)])
     good = torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
-    optimizer.found_inf = (~good).float()  # how GradScaler tells a fused Adam to leave all as it is
-    optimizer.step()
+    on_device = good.device.type not in NO_FOUND_INF
+    optimizer.found_inf = (~good).float() if on_device else None  # how GradScaler tells a fused Adam to change nothing
+    if on_device or good:
+        optimizer.step()
     optimizer.zero_grad()
     return good
 
@@ -1147,6 +1152,9 @@ def set_up(c, given=frozenset()):
     how = f"{device}, {c.precision}, {'fused kernels' if c.fused else 'plain PyTorch'}"
     how += ", graphed" if graphed else ", not graphed (see --graph)" if device.type == "cuda" else ""
     say(f"machine     {how}, torch {torch.__version__}, {WORLD} x {torch.get_num_threads()} threads")
+    if WORLD > 1 and c.batch_size < 8 * WORLD and c.family != "keras":
+        here = f"{c.batch_size // WORLD} of --batch-size {c.batch_size} in each process"
+        say(f"            {here}, where BatchNorm sees no others: better take a larger one")
     pictures = load_pictures(c)
     if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         pictures = pictures.to(device)
@@ -1187,8 +1195,7 @@ def choose_step(run):
     step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
     if graphed:
         inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
-        broken = explained("the step cannot become a CUDA graph: go on with --no-graph", RuntimeError)
-        with broken, explained(TOO_LARGE, torch.OutOfMemoryError):
+        with explained("the step cannot become a CUDA graph: go on with --no-graph", RuntimeError):
             step = graphed(step, inputs, run.stateful.values())
     return step
 
@@ -1347,9 +1354,10 @@ def loop(run):
                 saved = time.monotonic()
         if RANK == 0:
             save_growth(run.folder)
+            folder = f'"{run.folder}"' if " " in str(run.folder) else run.folder
             say(f"{'done' if run.step >= run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
-            say(f"draw more:  python dcgan.py generate {run.folder} --seeds 0-63")
-            say(f"go on:      python dcgan.py --run {run.folder} --resume" + " --epochs N" * (run.step >= run.total))
+            say(f"draw more:  python dcgan.py generate {folder} --seeds 0-63")
+            say(f"go on:      python dcgan.py --run {folder} --resume" + " --epochs N" * (run.step >= run.total))
     return code or 0
 
 

@@ -272,6 +272,12 @@ def test_every_preset_trains_from_the_command_line(preset, small, run_main, tmp_
     assert generated.code == 0 and Image.open(tmp_path / "run" / "generated.png").size[0] > 2 * G.config.image_size
 
 
+def test_what_a_run_says_at_its_end_can_be_typed(small, run_main, tmp_path):
+    run = tmp_path / "my faces"
+    done = run_main(*small("--run", run, "--steps", 1))
+    assert done.code == 0 and done.out.count(f' "{run}" ') == 2  # draw more, go on
+
+
 def test_a_run_has_a_name_by_itself(small, run_main, faces, cache, few_drawn):
     words = ["--steps", "1", *small()[:-2]]  # all but --run
     assert run_main(*words).code == 0
@@ -603,6 +609,18 @@ def test_no_room_on_the_device_is_one_line_that_says_what_to_do(small, run_main,
     monkeypatch.setattr(dcgan, "train_step", train_step)
     line = one_line(run_main(*small("--run", tmp_path / "run", "--steps", 1)))
     assert "smaller --batch-size" in line and "2.00 GiB" in line
+
+
+def test_no_room_for_a_checkpoint_is_not_called_damage(small, run_main, monkeypatch, tmp_path):
+    words = small("--run", tmp_path / "run", "--steps", 1)
+    assert run_main(*words).code == 0
+
+    def load_state_dict(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.optim.Adam, "load_state_dict", load_state_dict)
+    line = one_line(run_main("--run", tmp_path / "run", "--resume", "--steps", 2))
+    assert "not enough memory" in line and "2.00 GiB" in line and "damaged" not in line
 
 
 # ---------------------------------------------------------------------------------------- import

@@ -518,6 +518,8 @@ def bad_pictures():
         "cut.bmp": in_bytes(picture(1, 64, 64), "BMP")[:5000],
         "zeros.jpg": bytes(5000),
         "crc.png": png[:100] + bytes(8) + png[108:],
+        "PHONE.HEIC": b"\0\0\0\x18ftypheic" + bytes(900),  # pictures, but of kinds that are not read
+        "page.avif": b"\0\0\0\x18ftypavif" + bytes(900),
     }
 
 
@@ -826,6 +828,18 @@ def test_a_half_built_cache_of_a_killed_build_is_built_again(tmp_path, config, m
     ]  # nothing half built
 
 
+def test_workers_that_cannot_begin_are_no_disk_that_cannot_be_written(tmp_path, config, monkeypatch):
+    make_pictures(tmp_path / "p", 4)
+
+    def no_process(_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", no_process)
+    with pytest.raises(dcgan.UserError, match="--workers 0.*temporarily") as e:
+        dcgan.load_pictures(config(tmp_path / "p"))
+    assert "cannot write" not in str(e.value) and not list((tmp_path / "cache").glob("*.u8"))
+
+
 def test_two_builders_at_once_build_once(tmp_path, config, monkeypatch):
     make_pictures(tmp_path / "p", 20)
     c, decode = config(tmp_path / "p"), dcgan.decode
@@ -890,6 +904,21 @@ def test_the_stream_follows_from_seed_and_epoch_alone():
     before = torch.get_rng_state()
     dcgan.batch_indices(50, 5, 0, 50)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_copy_is_left_under_way_where_nothing_would_keep_its_source(tiny, monkeypatch):
+    """MPS copies later from memory that is free by then; on CUDA the source is pinned, and kept."""
+    plain, seen = torch.Tensor.to, []
+
+    def to(self, *args, **options):
+        seen.append(options.get("non_blocking", False))
+        return plain(self, *args, **options)
+
+    c = tiny()
+    pictures = dcgan.load_pictures(c)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    dcgan.draw_inputs(c, pictures, 0, torch.device("cpu"))
+    assert seen and not any(seen)
 
 
 def test_a_step_sees_flips_ranges_and_the_streams_pictures(tiny, faces):

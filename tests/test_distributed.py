@@ -55,6 +55,7 @@ def test_two_processes_are_one_run(together, arguments, tmp_path):
     runs = together(argv, watch="rank")
     done(runs)
     assert "training" not in runs[1].output and runs[1].output.strip() == "", runs[1].output
+    assert "4 of --batch-size 8 in each process, where BatchNorm sees no others" in runs[0].output
     a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
 
     parameters = [name for name in a["G"] if "running" not in name and "num_batches" not in name]
