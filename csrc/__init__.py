@@ -66,6 +66,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
             + (f" in {groups} groups" if groups > 1 else "")
         )
+    groups = groups if training else 1
     args = (x, weight, bias, running_mean, running_var, training, momentum, eps, slope, groups)
     y, _, _, new_mean, new_var = torch.ops.dcgan.bn_leaky_relu(*args)
     if training and running_mean is not None:

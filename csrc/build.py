@@ -132,18 +132,25 @@ def find_cuda():
     return home, f"{release[1]}.{release[2]}"
 
 
+def gpus():
+    """-> the compute capabilities of the GPUs that are here, (major, minor), sorted; those that are older than any that
+    this torch was built for are left out: it cannot use them, be it for a screen that one is there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    built = [divmod(int(name[3:]), 10) for name in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", name)]
+    have = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return sorted(gpu for gpu in have if gpu >= min(built, default=gpu))
+
+
 def architectures():
     """-> what to compile CUDA for: the numbers in TORCH_CUDA_ARCH_LIST (a name, such as Hopper, tells load() nothing),
     else the GPUs that are here, else the default."""
-    import torch
-
     asked = re.findall(r"\d+\.\d+[af]?(?:\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if asked:
         return ";".join(asked)
-    if torch.cuda.is_available():
-        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
-    return DEFAULT_ARCHITECTURES
+    return ";".join(f"{major}.{minor}" for major, minor in gpus()) or DEFAULT_ARCHITECTURES
 
 
 # ------------------------------------------------------------------------------------------------- the build

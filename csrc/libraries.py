@@ -132,19 +132,18 @@ def find(kind):
 def covers(architectures):
     """Whether code for "8.0,9.0+PTX" runs on the GPUs that are here: same major version, or PTX of an older one; code
     for "9.0a", as images for one GPU ask for it, on 9.0 alone."""
-    if not torch.cuda.is_available():
-        return True
     built = re.findall(r"(\d+)\.(\d+)(a?)f?(\+PTX)?", architectures)
     built = [((int(major), int(minor)), only, ptx) for major, minor, only, ptx in built]
-    have = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    fits = [[h == a if only else a <= h and (a[0] == h[0] or ptx) for a, only, ptx in built] for h in have]
+    fits = [[h == a if only else a <= h and (a[0] == h[0] or ptx) for a, only, ptx in built] for h in build.gpus()]
     return all(any(one) for one in fits)
 
 
-def _writable(folder):
+def _writable(folder, lock):
+    """Whether files can be made in the folder, and the lock in it be taken, which may be of another user."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        (folder / lock).open("a").close()
     except OSError:
         return False
     return True
@@ -160,7 +159,7 @@ def build_here(kind):
 
     if kind == "cuda" and not covers(build.architectures()):
         raise Unavailable(f"TORCH_CUDA_ARCH_LIST asks for {build.architectures()}, which this GPU cannot run: unset it")
-    root = next((r for r in _roots() if _writable(r)), None)
+    root = next((r for r in _roots() if _writable(r, f"{kind}.lock")), None)
     if root is None:
         raise Unavailable(f"neither {_roots()[0]} nor {_roots()[1]} can be written: set TORCH_EXTENSIONS_DIR")
     target = root / _key(kind) / build.file_name(kind)

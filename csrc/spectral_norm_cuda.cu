@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, 1) sn_columns(const __grid_constant_
 
   T square = 0;
   for (int tile = threadIdx.x; tile < l.tiles; tile += kThreads) square += l.tile_sums[tile];
-  const T norm = max(sqrt(block_sum(square)), all.eps);  // block_sum is a barrier for the slots, too
+  const T length = sqrt(block_sum(square));  // a barrier for the slots, too
+  const T norm = length < all.eps ? all.eps : length;  // not max, which would lose a NaN
   for (int64_t r = block * kThreads + threadIdx.x; r < l.rows; r += int64_t(l.column_blocks) * kThreads)
     l.new_u[r] = l.t[r] / norm;
 
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) sn_scale(const __grid_constant__ 
   T sum = 0, sigma;
   if (all.update) {
     for (int i = threadIdx.x; i < l.column_blocks; i += kThreads) sum += l.column_sums[i];
-    const T norm = sqrt(block_sum(sum)), bounded = max(norm, all.eps);
+    const T norm = sqrt(block_sum(sum)), bounded = norm < all.eps ? all.eps : norm;
     for (int64_t j = begin; j < l.cols; j += stride) l.new_v[l.logical(j)] = l.s[j] / bounded;
     sigma = norm * (norm / bounded);
   } else {

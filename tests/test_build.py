@@ -187,6 +187,7 @@ def test_architectures_cover():
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+            patch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"])
             return ops.libraries.covers(built)
 
     assert covers("8.0,9.0+PTX", (8, 6)) and covers("8.0,9.0+PTX", (9, 0)) and covers("8.0,9.0+PTX", (12, 0))
@@ -205,10 +206,23 @@ def test_architectures_asked_for(monkeypatch, asked, list):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
     assert build.architectures() == list
     if not ops.libraries.covers(list):  # said before a minute of compiling
         with pytest.raises(ops.Unavailable, match="which this GPU cannot run: unset it"):
             ops.libraries.build_here("cuda")
+
+
+def test_a_gpu_that_this_torch_cannot_use_stands_in_no_ones_way(monkeypatch):
+    """An old one for the screen beside the one that computes."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (6, 1)][index])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "sm_120", "compute_120"])
+    assert build.architectures() == "9.0" and ops.libraries.covers("8.0,9.0+PTX")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", "sm_90"])  # as torch for CUDA 12.6
+    assert build.architectures() == "6.1;9.0" and not ops.libraries.covers("8.0,9.0+PTX")
 
 
 def test_a_cuda_library_of_another_cuda_is_passed_by(monkeypatch, tmp_path):
@@ -340,6 +354,12 @@ def test_first_use_by_two_at_once_and_after_a_kill(project):
     ]
     assert all("WORKS" in process.communicate(timeout=900)[0] for process in both)
     assert len(list(project.glob("csrc/_build/*/*.so"))) == 1
+
+
+def test_a_lock_that_cannot_be_taken_sends_the_build_to_the_next_place(tmp_path):
+    """It may be another user's.  The one here cannot be opened by anyone, not even by root."""
+    (tmp_path / "cpu.lock").mkdir()
+    assert not ops.libraries._writable(tmp_path, "cpu.lock") and ops.libraries._writable(tmp_path, "cuda.lock")
 
 
 @pytest.mark.slow

@@ -480,6 +480,14 @@ def test_sn_zero_weight(device):
         assert torch.equal(a.isnan(), b.isnan())
 
 
+def test_sn_nan_is_seen_where_pytorch_shows_it(device):
+    weights, us, vs = iteration_state([(6, 4, 3, 3)], device)
+    weights[0][0, 0, 0, 0] = float("nan")
+    ours, plain = (run_sn(f, weights, us, vs, True) for f in (ops.spectral_norm, dcgan.spectral_norm))
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+
+
 # ---------------------------------------------------------------------------------------- the company they keep
 
 
@@ -692,6 +700,11 @@ def test_bn_errors(device, changes, message):
     changes = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
     with pytest.raises(RuntimeError, match=message):
         ops.bn_leaky_relu(*bn_args(device, **changes))
+
+
+def test_groups_mean_nothing_in_eval_mode_whatever_their_number(device):
+    args = bn_args(device, training=False)
+    assert torch.equal(ops.bn_leaky_relu(*args[:-1], 4), ops.bn_leaky_relu(*args))  # of 6 pictures
 
 
 def test_sn_errors(device):
