@@ -1,5 +1,6 @@
 """benchmarks/quality.py: figures of known distributions, fingerprints that keep unlike figures apart, a run scored."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -156,7 +157,7 @@ def test_the_shares_of_digits_are_counted(size, monkeypatch, tmp_path):
     assert found["confident"] == 0.75 and found["shares"][3] == 0.5 and found["shares"][7] == 0.25
     assert found["confident_real"] == 0.5 and found["accuracy"] == 0.995
     monkeypatch.setitem(globals_, "train_classifier", lambda *_: (net, 0.98))
-    with pytest.raises(SystemExit, match="right in 98"):
+    with pytest.raises(ValueError, match="right in 98"):
         QUALITY["digits"](fake, tmp_path, tmp_path / "c.pt", CPU)
 
 
@@ -254,6 +255,29 @@ def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
     codes = iter([0, 130])
     with pytest.raises(SystemExit, match="130"):  # Ctrl-C
         everything(argv)
+
+
+def test_a_row_that_was_begun_goes_on_unless_it_was_another(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(QUALITY["main"].__globals__, "ROOT", tmp_path)
+    folder = tmp_path / "runs" / "quality_best_7"
+    folder.mkdir(parents=True)
+    trained = []
+
+    def run(words):
+        trained.append([str(w) for w in words[2:]])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(QUALITY["subprocess"], "run", run)
+    everything = QUALITY["main"]
+    monkeypatch.setitem(everything.__globals__, "main", lambda _: None)
+    argv = ["all", "--faces", "f.zip", "--weights", "w.pth", "--seeds", "7", "--rows", "best", "--pictures", "8000"]
+    for c in (dcgan.config("best", seed=7, steps=1000), dcgan.config("best", seed=7, batch_size=16)):
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c)))
+        if c.batch_size == 8:
+            everything(argv)
+    with pytest.raises(SystemExit, match="without best seed 7"):
+        everything(argv)
+    assert len(trained) == 1 and "--resume" in trained[0] and "another batch_size: move" in capsys.readouterr().out
 
 
 @pytest.mark.slow
