@@ -243,7 +243,8 @@ def progress(total, what, unit, initial=0):
 
 @contextlib.contextmanager
 def explained(what, *errors):
-    """Errors of these kinds become one line: what they mean for the user, and in brackets what they say."""
+    """Errors of these kinds, and a device that is full, become one line: what that means for the user, and in brackets
+    what the error says."""
     try:
         yield
     except (torch.OutOfMemoryError, *errors) as e:
@@ -396,7 +397,8 @@ class Pictures(torch.utils.data.Dataset):
         what = f"--data {self.root} is no folder, .zip or idx file; give one"
         with explained(what, zipfile.BadZipFile, NotImplementedError, ValueError):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
-        pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES | OTHERS]
+        kinds = SUFFIXES | OTHERS
+        pictures = [name for name in files if os.path.splitext(name)[1].lower() in kinds]
         pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
         if not pictures:
             looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
@@ -1367,7 +1369,7 @@ def train(c, given=None):
     if given is None:
         preset = config(c.preset)
         given = c.given | {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
-    with claimed(c) as c, explained(TOO_LARGE, torch.OutOfMemoryError):
+    with claimed(c) as c, explained(TOO_LARGE):
         return loop(set_up(c, given))
 
 

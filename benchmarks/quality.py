@@ -429,12 +429,13 @@ def train_and_score_all(args):
             length = f"--steps {args.pictures // c.batch_size}" if name in FACES else f"--epochs {c.epochs}"
             folder = ROOT / "runs" / f"quality_{name.replace(' ', '_').replace(',', '')}_{seed}"
             words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
-            if (folder / "config.json").exists():  # begun before, maybe when this row was another
+            if (folder / "config.json").exists():
                 words += ["--resume"]
-                old = dcgan.saved_config(json.loads((folder / "config.json").read_text()))
-                own = dcgan.FIELDS.keys() - dcgan.MAY_CHANGE - {"data", "seed", "noise_steps"}
-                if other := [name for name in sorted(own) if getattr(old, name) != getattr(c, name)]:
-                    print(f"{folder} was trained with another {', '.join(other)}: move it away")
+                own = dcgan.FIELDS.keys() - dcgan.MAY_CHANGE - {"data", "noise_steps"}
+                try:  # it may have begun when this row was another: then it is refused
+                    dcgan.open_run(dataclasses.replace(c, run=str(folder), resume=True, seed=seed), own)
+                except dcgan.UserError as e:
+                    print(e)
                     failed.append(f"{name} seed {seed}")
                     continue
             code = subprocess.run([sys.executable, ROOT / "dcgan.py", *words, "--cache", args.cache]).returncode  # noqa: S603

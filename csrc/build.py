@@ -133,8 +133,8 @@ def find_cuda():
 
 
 def gpus():
-    """-> the compute capabilities of the GPUs that are here, (major, minor), sorted; those that are older than any that
-    this torch was built for are left out: it cannot use them, be it for a screen that one is there."""
+    """-> the compute capabilities of the GPUs that are here, (major, minor), sorted.  Those older than any that this
+    torch was built for, such as one for the screen, are left out: it cannot use them."""
     import torch
 
     if not torch.cuda.is_available():

@@ -277,7 +277,25 @@ def test_a_row_that_was_begun_goes_on_unless_it_was_another(monkeypatch, tmp_pat
             everything(argv)
     with pytest.raises(SystemExit, match="without best seed 7"):
         everything(argv)
-    assert len(trained) == 1 and "--resume" in trained[0] and "another batch_size: move" in capsys.readouterr().out
+    assert len(trained) == 1 and "--resume" in trained[0]
+    assert "batch_size 8: it began with 16" in capsys.readouterr().out
+
+
+def test_pictures_of_mnists_form_that_are_no_digits_have_an_fid(tiny, tmp_path, monkeypatch, capsys):
+    c = tiny(preset="mnist", data=str(real_data("mnist")), image_size=28, nc=1, steps=1)
+    assert dcgan.train(c) == 0
+    globals_ = QUALITY["score"].__globals__
+    found = {k: 0.25 for k in ("fid", "kid", "precision", "recall")}
+    near = {"pixels": 1.0, "features": 1.0, "suspects": 0.0}
+    monkeypatch.setitem(globals_, "train_classifier", lambda *_: (QUALITY["classifier"](), 0.91))
+    monkeypatch.setitem(globals_, "by_inception", lambda *_: {**found, "floor": found, "nearest": near})
+    words = ["score", c.run, "--reals", c.data, "--cache", c.cache, "--out", str(tmp_path / "quality"), "--fakes", "4"]
+    with pytest.raises(SystemExit, match="not MNIST's digits"):
+        QUALITY["main"](words)
+    QUALITY["main"]([*words, "--weights", "w.pth", "--name", "clothes"])
+    assert "no digits" in capsys.readouterr().out
+    result = json.loads((tmp_path / "quality" / "clothes.json").read_text())
+    assert result["fid"] == 0.25 and "digits" not in result
 
 
 @pytest.mark.slow
