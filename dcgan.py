@@ -768,7 +768,10 @@ class Discriminator(nn.Module):
         logits = x.flatten().to(torch.promote_types(x.dtype, torch.float32))
         if augmented and groups == 2:
             with torch.no_grad():
-                self.sure += 0.005 * (logits[: len(x) // 2].sign().mean() - self.sure)
+                sign = logits[: len(x) // 2].sign().mean()
+                if WORLD > 1:  # so that all have one p, which the checkpoint of the first can hold
+                    dist.all_reduce(sign)
+                self.sure += 0.005 * (sign / WORLD - self.sure)
                 self.p += torch.sign(self.sure - self.SURE) * (self.config.batch_size / self.SLOW)
                 self.p.clamp_(0, self.MOST)
         return logits
@@ -1170,6 +1173,7 @@ def set_up(c, given=frozenset()):
     flags = {"fused": True, "capturable": device.type == "cuda"}
     hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **flags)
     run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, G=G, D=D, step=0)
+    run.graphed = graphed
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
     run.stateful = {"G": G, "D": D, "opt_g": run.opt_g, "opt_d": run.opt_d} | ({"ema": run.ema} if c.ema else {})
@@ -1191,14 +1195,14 @@ def set_up(c, given=frozenset()):
 
 def choose_step(run):
     """-> step(real, z, noise, ema_weight) as train_step: as it stands, compiled, or on CUDA as one graph."""
-    c, nets, graphed = run.c, (run.G, run.D), choose_graphed(run.c, run.device)
+    c, nets = run.c, (run.G, run.D)
     if c.compile:
         nets = [torch.compile(net, dynamic=False) for net in nets]  # other names for the same weights
     step = functools.partial(train_step, c, *nets, run.ema, run.opt_g, run.opt_d)
-    if graphed:
+    if run.graphed:
         inputs = [*draw_inputs(c, run.pictures, run.step, run.device), torch.zeros((), device=run.device)]
         with explained("the step cannot become a CUDA graph: go on with --no-graph", RuntimeError):
-            step = graphed(step, inputs, run.stateful.values())
+            step = run.graphed(step, inputs, run.stateful.values())
     return step
 
 

@@ -201,7 +201,8 @@ def train_classifier(folder, path, device, epochs=3):
             opt.step()
             opt.zero_grad()
             schedule.step()
-        torch.save(net.state_dict(), path)
+        with dcgan.written_whole(path) as file:
+            torch.save(net.state_dict(), file)
     net.eval()
     x, y = read_digits(folder, "t10k")
     return net, (classify(net, x, device).argmax(1) == y).float().mean().item()
@@ -273,7 +274,9 @@ def by_inception(fake, real, args, device, page):
     of_reals = {k: v for k, v in fingerprint.items() if k not in ("fakes", "seeds")}
     cached = Path(args.cache) / f"features_{sha256(json.dumps(of_reals).encode())}.pt"
     if not cached.exists():
-        torch.save(features(net, real, *options), cached)
+        found = features(net, real, *options)
+        with dcgan.written_whole(cached) as file:
+            torch.save(found, file)
     real_features = torch.load(cached, weights_only=True)
     fake_features = features(net, fake, *options)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
@@ -281,7 +284,9 @@ def by_inception(fake, real, args, device, page):
     some, others = real_features[order].split([n, len(real) - n])
     floors = cached.with_name(f"{cached.stem}_{n}.json")
     if not floors.exists():
-        floors.write_text(json.dumps(figures(some, others, device) | {"pictures": n}))
+        numbers = figures(some, others, device) | {"pictures": n}
+        with dcgan.written_whole(floors) as file:
+            file.write(json.dumps(numbers).encode())
     of = fake_features, real_features[order], features(net, fake[:FEW].flip(-1), *options)
     return {
         **figures(fake_features, real_features, device), "floor": json.loads(floors.read_text()),
@@ -420,6 +425,10 @@ def table(results):
 def train_and_score_all(args):
     """Train every row of the table with each seed, unless its run is there already, and score it.  A row that fails
     does not stop the others; being told to stop does."""
+    import torch_fidelity  # noqa: F401 - what scoring needs is to be missed now, not after the first row
+
+    if not args.weights.is_file():
+        raise ValueError(f"there is no {args.weights}; --weights is the FID Inception")
     rows, failed = FACES | DIGITS, []
     for name in args.rows or rows:
         preset, options = rows[name]
@@ -446,12 +455,18 @@ def train_and_score_all(args):
                 continue
             words = ["score", folder, "--reals", data, "--weights", args.weights, "--cache", args.cache]
             words = [*map(str, words), "--fakes", str(args.fakes), "--precision", args.precision, "--note", args.note]
-            main([*words, "--name", f"{name} seed {seed}"])
+            scores = [["--name", f"{name} seed {seed}"]]
             if name in ("copied recipe", "best"):
-                main([*words, "--name", f"{name} without EMA seed {seed}", "--raw"])
+                scores += [["--name", f"{name} without EMA seed {seed}", "--raw"]]
+            for score in scores:
+                try:
+                    main([*words, *score])
+                except (SystemExit, RuntimeError) as e:
+                    print(e)
+                    failed.append(score[1])
     main(["table"])
     if failed:
-        raise ValueError(f"without {', '.join(failed)}: they could not be trained, see above")
+        raise ValueError(f"without {', '.join(failed)}: they could not be trained or scored, see above")
 
 
 def main(argv=None):

@@ -137,6 +137,7 @@ def make_ours(row, device, size):
     c = dcgan.config(row["preset"], **given)
     c.noise_steps = 1 << 30  # the input's noise, where there is any, never ends
     run = types.SimpleNamespace(c=c, device=torch.device(device), step=0)
+    run.graphed = dcgan.choose_graphed(c, run.device)
     ops = dcgan.choose_ops(c.fused, run.device)
     torch.manual_seed(0)
     run.G, run.D = dcgan.Generator(c, ops), dcgan.Discriminator(c, ops)
@@ -150,7 +151,7 @@ def make_ours(row, device, size):
     run.stateful |= {"ema": run.ema} if c.ema else {}
     run.pictures = torch.randint(0, 256, (16 * c.batch_size, c.nc, c.image_size, c.image_size), dtype=torch.uint8)
     run.pictures = run.pictures.to(device, memory_format=torch.channels_last)  # as the cache gives them
-    if c.graph and not dcgan.choose_graphed(c, run.device):
+    if c.graph and not run.graphed:
         raise SystemExit(f"{row['name']} would not be graphed here: build csrc/ (pip install -e .)")
     run.sums = torch.zeros(6, device=device)
     step, numbers = dcgan.choose_step(run), itertools.count(1)

@@ -69,7 +69,7 @@ def status() -> list[str]:
         said = [line for line in _read(HERE / RECORD).splitlines() if line.startswith(f"{kind}: ")]
         if old:
             lines.append(f"{kind}: {old}")
-        if said and "built" not in said[0]:
+        if said and said[0] != f"{kind}: built":
             lines.append(f"{kind}: at the installation: {said[0].split(': ', 1)[1]}")
         lines.append(f"{kind}: no kernels yet; {_outlook(kind)}")
     return lines

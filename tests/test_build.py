@@ -163,6 +163,15 @@ def test_old_torch_is_one_line(monkeypatch):
     assert any("need torch 2.11" in line for line in ops.status()) or ops.libraries.find("cpu")[0]
 
 
+def test_what_the_installation_said_is_told_though_it_says_built(monkeypatch, tmp_path):
+    record, why = tmp_path / "install.txt", "torch 2.13.0 is built without CUDA: install a CUDA build of torch first"
+    record.write_text(f"cpu: built\ncuda: {why}\n")
+    monkeypatch.setattr(ops.libraries, "RECORD", record)
+    monkeypatch.setattr(ops.libraries, "find", lambda kind: (None, None))
+    told = [line for line in ops.status() if "at the installation" in line]
+    assert told == [f"cuda: at the installation: {why}"]
+
+
 def test_cuda_refusals(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(build.CannotBuild, match="built without CUDA: install a CUDA build"):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,11 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
 
 def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
     """`all` writes command lines that dcgan.py reads, on the right pictures, each row as long as the others."""
-    trained, scored, argv = [], [], ["all", "--faces", "f.zip", "--mnist", "m", "--weights", "w.pth", "--seeds", "7"]
+    trained, scored, argv = [], [], ["all", "--faces", "f.zip", "--mnist", "m", "--seeds", "7", "--weights"]
+    with pytest.raises(SystemExit, match="no .*w.pth"):  # before anything is trained
+        QUALITY["main"]([*argv, str(tmp_path / "w.pth")])
+    (tmp_path / "w.pth").touch()
+    argv += [str(tmp_path / "w.pth")]
     codes = iter([2, *[0] * 100])  # the first row fails
 
     def run(words):
@@ -237,9 +242,15 @@ def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(words, next(codes))
 
     monkeypatch.setattr(QUALITY["subprocess"], "run", run)
-    monkeypatch.setitem(QUALITY["main"].__globals__, "main", scored.append)
+
+    def score(words):
+        scored.append(words)
+        if "keras seed 7" in words:  # as one that cannot be scored
+            sys.exit("quality.py: no room")
+
     everything = QUALITY["main"]
-    with pytest.raises(SystemExit, match="without copied recipe seed 7:"):
+    monkeypatch.setitem(QUALITY["main"].__globals__, "main", score)
+    with pytest.raises(SystemExit, match="without copied recipe seed 7, keras seed 7:"):
         everything([*argv, "--pictures", "64000"])
     faces, digits = len(QUALITY["FACES"]), len(QUALITY["DIGITS"])
     assert len(trained) == faces + digits and len(scored) == faces + digits + 1  # once without EMA, the table
@@ -270,7 +281,9 @@ def test_a_row_that_was_begun_goes_on_unless_it_was_another(monkeypatch, tmp_pat
     monkeypatch.setattr(QUALITY["subprocess"], "run", run)
     everything = QUALITY["main"]
     monkeypatch.setitem(everything.__globals__, "main", lambda _: None)
-    argv = ["all", "--faces", "f.zip", "--weights", "w.pth", "--seeds", "7", "--rows", "best", "--pictures", "8000"]
+    (tmp_path / "w.pth").touch()
+    argv = ["all", "--faces", "f.zip", "--weights", str(tmp_path / "w.pth"), "--seeds", "7", "--rows", "best"]
+    argv += ["--pictures", "8000"]
     for c in (dcgan.config("best", seed=7, steps=1000), dcgan.config("best", seed=7, batch_size=16)):
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c)))
         if c.batch_size == 8:
