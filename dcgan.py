@@ -143,7 +143,7 @@ class Config:
     loss: str = opt("sum", "of D's real and fake halves", choices=["sum", "mean"])
     real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]", high=1)
     noise: float = opt(0.0, "std of noise on D's input, falling linearly to 0 [6]")
-    noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start")
+    noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start; -1: it stays", low=-1)
     augment: bool = opt(False, "turn and colour what D sees, as needed [12]")
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both", high=1)
@@ -819,9 +819,9 @@ def draw_inputs(c, pictures, step, device):
         pixels = torch.where(torch.rand(size, 1, 1, 1, **chance)[here] < 0.5, pixels.flip(-1), pixels)
     real = to_range(pixels.contiguous(memory_format=torch.channels_last), c)
     noise = torch.zeros(3, 1, 1, 1, 1, device=device)
-    if c.noise and step < c.noise_steps:
-        std = c.noise * (1 - step / c.noise_steps)
-        noise = std * torch.randn(3, size, *real.shape[1:], **chance)[:, here]
+    left = 1 - step / c.noise_steps if c.noise_steps > 0 else 1.0  # below 0: it stays
+    if c.noise and left > 0:
+        noise = c.noise * left * torch.randn(3, size, *real.shape[1:], **chance)[:, here]
     if c.dropout or c.dropout2d or c.augment:
         torch.manual_seed(key(c.seed, "dropout", step, RANK))  # what D drops and augments is each process's own
     return real, z, noise

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import step as steps  # noqa: E402 - after the path to it
+import compression  # noqa: E402 - after the path to it
+import step as steps  # noqa: E402
 from common import dcgan, table  # noqa: E402
 
 
@@ -96,3 +97,53 @@ def test_a_table_has_a_cell_for_every_column_and_none_for_nothing():
     rows = [{"a": 1, "b": None}, {"a": 2, "b": 3}]
     lines = table(rows, {"first": "a", "twice": lambda row: 2 * row["a"], "second": "b"})
     assert lines == ["| first | twice | second |", "|---|---|---|", "| 1 | 2 |  |", "| 2 | 4 | 3 |"]
+
+
+# ---------------------------------------------------------------------------------------- what JPEG leaves
+
+
+class Left(torch.nn.Module):
+    """In place of D: the mean of the left half of what it sees."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+
+    def forward(self, x):
+        return x[..., : x.shape[-1] // 2].mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("preset", ["best", "keras", "mnist"])
+def test_jpeg_costs_a_picture_little_and_more_at_low_quality(preset, tiny):
+    x = dcgan.load_pictures(tiny(preset))[:4]
+    fine, coarse = (compression.after_jpeg(x, quality) for quality in (95, 5))
+    assert fine.shape == coarse.shape == x.shape and fine.dtype == torch.uint8
+    off = [(y.float() - x.float()).abs().mean().item() for y in (fine, coarse)]
+    assert 0 < off[0] < 4 and off[1] > 2 * off[0]
+
+
+def test_d_sees_a_picture_before_and_after_jpeg_mirrored_alike_under_the_runs_noise(tiny):
+    c = tiny("best", noise=0.5, noise_steps=-1)
+    G, originals = dcgan.Generator(c).eval(), dcgan.load_pictures(c)
+    found = compression.logits(Left(c), G, originals, 5, 10, 95)
+    assert [len(x) for x in found.values()] == [12] * 4  # whole mini-batches of 4
+    real, compressed, fakes, _ = found.values()
+    assert (compressed - real).abs().max() < 0.03
+    real, z, noise = dcgan.draw_inputs(c, originals, 5, torch.device("cpu"))
+    torch.testing.assert_close(found["pictures scaled to this size"][:4], Left(c)(real + noise[0]))
+    fake = dcgan.to_range(dcgan.draw(G, z[0], "cpu"), c)
+    torch.testing.assert_close(fakes[:4], Left(c)(fake + noise[0]))
+
+
+def test_a_run_is_asked_what_it_makes_of_jpeg(tiny, faces, capsys):
+    run = Path(tiny("best").run)
+    small = dict(image_size=16, nz=8, ngf=4, ndf=4, batch_size=4, steps=2, device="cpu", data=faces, run=run)
+    words = [str(word) for name, value in small.items() for word in ("--" + name.replace("_", "-"), value)]
+    assert dcgan.main(["--preset", "best", *words]) == 0
+    before = sorted(run.rglob("*"))
+    capsys.readouterr()
+    compression.main([str(run), "--data", str(faces), "--pictures", "8"])
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(rows) == 6 and all(word in said for word in ("| fakes after JPEG |", "taken for real", "JPEG is"))
+    assert sorted(run.rglob("*")) == before

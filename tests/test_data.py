@@ -934,6 +934,16 @@ def test_a_step_sees_flips_ranges_and_the_streams_pictures(tiny, faces):
     assert torch.equal(again[0], real) and torch.equal(again[1], z)
 
 
+@pytest.mark.parametrize(
+    ("steps", "at", "std"), [(8, 0, 0.5), (8, 6, 0.125), (8, 8, 0), (-1, 0, 0.5), (-1, 10**6, 0.5)]
+)
+def test_noise_falls_linearly_to_nothing_or_stays(steps, at, std, tiny):
+    c = tiny(noise=0.5, noise_steps=steps, batch_size=8)
+    noise = dcgan.draw_inputs(c, dcgan.load_pictures(c), at, torch.device("cpu"))[2]
+    assert noise.shape == ((3, 8, 3, 16, 16) if std else (3, 1, 1, 1, 1))
+    assert noise.std().item() == pytest.approx(std, rel=0.03) and abs(noise.mean()) < 0.02
+
+
 # ---------------------------------------------------------------------------------------- download
 
 
