@@ -98,9 +98,9 @@ PRESETS = {
         family="mnist", image_size=28, nc=1, dropout=0.3, slope=0.3, init="keras", bn_eps=1e-3, bn_momentum=0.01,
         update="simultaneous", lr_g=1e-4, lr_d=1e-4, beta1=0.9, adam_eps=1e-7, batch_size=256, epochs=50, samples=16,
     ),
-    "best": dict(  # ours: the networks of classic, and more; benchmarks/results/ablation.md says what each is worth
-        batch_size=8, lr_d=2.5e-4, beta2=0.99, self_modulation=True, spectral_norm=True, augment=True, flips=True,
-        ema=0.9999, sample_every=500,
+    "best": dict(  # ours; benchmarks/results/ablation.md says what each part is worth
+        family="fine", batch_size=8, lr_d=1.25e-4, beta2=0.99, self_modulation=True, spectral_norm=True, augment=True,
+        noise=0.05, noise_steps=-1, flips=True, ema=0.9999, sample_every=500,
     ),
     "demo": dict(  # ours: small, for the drawn faces
         image_size=32, nz=64, ngf=48, ndf=32, spectral_norm=True, flips=True, lr_g=1e-3, lr_d=1e-3, ema=0.998,
@@ -126,7 +126,8 @@ class Config:
     nc: int = opt(3, "channels: 3 colour, 1 grey", choices=[1, 3])
     fit: str = opt("crop", "resize and cut the centre, or squash", choices=["crop", "squash"])
     flips: bool = opt(False, "mirror half of the real pictures; not for writing")
-    family: str = opt("dcgan", "shape of the networks", "networks", choices=["dcgan", "keras", "mnist"])
+    family: str = opt("dcgan", "shape of the networks; fine: dcgan, more at full size", "networks",
+                      choices=["dcgan", "fine", "keras", "mnist"])  # fmt: skip
     nz: int = opt(100, "length of the latent vector z", low=1)
     ngf: int = opt(64, "width of G, channels", low=1)
     ndf: int = opt(64, "width of D, channels", low=1)
@@ -186,7 +187,7 @@ MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # how long, how oft
 
 def halvings(c):
     """-> (n, base) with image_size = base * 2^n.  G begins at base x base and doubles n times; D halves back to it."""
-    smallest = {"dcgan": 4, "keras": 8, "mnist": 7}[c.family]  # base is smallest to 2 * smallest - 1, so unique
+    smallest = {"dcgan": 4, "fine": 4, "keras": 8, "mnist": 7}[c.family]  # base < 2 * smallest, so unique
     sizes = {base << n: (n, base) for n in range(1, 9) for base in range(smallest, 2 * smallest)}
     if c.image_size not in sizes:
         raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
@@ -591,10 +592,13 @@ Row = collections.namedtuple(
 def rows_g(c):
     """The rows of G, from z (N, nz) to pictures (N, nc, H, W)."""
     n, base = halvings(c)
-    if c.family == "dcgan":  # [2]: transposed convolutions all the way, from z as a picture of 1 x 1
+    if c.family in ("dcgan", "fine"):  # [2]: transposed convolutions all the way, from z as a picture of 1 x 1
         first = Row("up", c.ngf << (n - 1), base, 1, 0, bn=True, activation="relu")
         middle = [Row("up", c.ngf << i, bn=True, activation="relu") for i in reversed(range(n - 1))]
-        return [first, *middle, Row("up", c.nc, activation="tanh")]
+        if c.family == "dcgan":
+            return [first, *middle, Row("up", c.nc, activation="tanh")]
+        last = Row("up", (c.ngf + 1) // 2, bn=True, activation="relu")  # then pixels are made of channels of their size
+        return [first, *middle, last, Row("conv", c.nc, 3, 1, 1, activation="tanh")]
     if c.family == "keras":  # wider as the picture grows
         first = Row("dense", c.ngf, base, bias=True, activation="none")
         middle = [Row("up", c.ngf << i, bias=True) for i in range(n)]
@@ -609,8 +613,10 @@ def rows_d(c):
     """The rows of D, from pictures (N, nc, H, W) to one logit each."""
     n, base = halvings(c)
     drop = dict(dropout=c.dropout, dropout2d=c.dropout2d)
-    if c.family == "dcgan":  # [2]: BatchNorm everywhere but in the first and last
-        hidden = [Row("conv", c.ndf << i, bn=i > 0, **drop) for i in range(n)]
+    if c.family in ("dcgan", "fine"):  # [2]: BatchNorm everywhere but in the first and last
+        hidden = [Row("conv", c.ndf << i, bn=i > 0 or c.family == "fine", **drop) for i in range(n)]
+        if c.family == "fine":  # it looks at every pixel before it halves
+            hidden.insert(0, Row("conv", (c.ndf + 1) // 2, 3, 1, 1, **drop))
         return [*hidden, Row("conv", 1, base, 1, 0, activation="none")]
     if c.family == "keras":  # features are dropped only once, before the dense layer
         hidden = [Row("conv", c.ndf << min(i, 1), bias=True, dropout2d=c.dropout2d) for i in range(n)]
@@ -1300,6 +1306,7 @@ def warn(run, x):
             "--batch-size")  # fmt: skip
     if above < 0.2:
         brakes = {"--augment": c.augment, "--spectral-norm": c.spectral_norm, "--real-label 0.9": c.real_label < 1}
+        brakes["--noise 0.05 --noise-steps -1"] = c.noise  # it hides what compression left in the files
         advice = " or ".join(["a lower --lr-d", *(option for option, on in brakes.items() if not on)])
         say(f"step {run.step}: D has won: its loss has long been near the least, and G learns little from it. If the "
             f"pictures get no better, begin anew with {advice}")  # fmt: skip

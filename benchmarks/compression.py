@@ -50,7 +50,7 @@ def logits(D, G, originals, step, pictures, quality):
     compressed, rows = after_jpeg(originals, quality), {}
     for now in range(step, step + -(-pictures // c.batch_size)):
         real, z, noise = dcgan.draw_inputs(c, originals, now, device)
-        fake = dcgan.draw(G, z[0], device)
+        fake = dcgan.draw(G, z[0], device, chunk=c.batch_size)
         seen = {
             "pictures scaled to this size": real,
             "the same after JPEG": dcgan.draw_inputs(c, compressed, now, device)[0],  # mirrored alike

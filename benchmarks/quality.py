@@ -45,20 +45,24 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PROTOCOL = dict(features="torch-fidelity inception-v3-compat 2048", resize="TF 1 bilinear to 299x299")
 FEW = 1000  # pictures whose nearest neighbours are looked for
 COPIED = "--optimizer adam --weight-decay 0 --lr 2e-4 --beta1 0.5 --beta2 0.999 --no-flips --ema 0.999"
-PLAIN = "--no-augment --no-self-modulation"
+COARSE = "--family dcgan --lr-d 2.5e-4 --noise 0"  # best until 2026-11-29
+PLAIN = f"{COARSE} --no-augment --no-self-modulation"  # until 2026-11-28
 FACES = {  # the table: name -> preset, options; every row sees as many pictures
     "copied recipe": ("classic", COPIED),  # pytorch/examples
     **{name: (name, "") for name in ("classic", "regularized", "keras", "best")},
     # what each ingredient of best is worth, and what may not matter; that of EMA: best is scored with and without
     "best without augmentation": ("best", "--no-augment"),
     "best without self-modulation": ("best", "--no-self-modulation"),
-    "plain best": ("best", PLAIN),  # the preset until 2026-11-28
+    "best without full-size layers": ("best", "--family dcgan"),
+    "best without noise": ("best", "--noise 0"),
+    "coarse best": ("best", COARSE),
+    "plain best": ("best", PLAIN),
     "best without spectral norm": ("best", "--no-spectral-norm"),
     "best without flips": ("best", "--no-flips"),
     "best at batch 16": ("best", "--batch-size 16"),
     "best at batch 64": ("best", "--batch-size 64"),
-    "best at lr_d 5e-4": ("best", "--lr-d 5e-4"),
-    "best at lr_g 2e-4 and lr_d 1e-4": ("best", "--lr-g 2e-4 --lr-d 1e-4"),
+    "best at lr_d 2.5e-4": ("best", "--lr-d 2.5e-4"),
+    "best at lr_g 2e-4 and lr_d 5e-5": ("best", "--lr-g 2e-4 --lr-d 5e-5"),
     "best at beta2 0.999": ("best", "--beta2 0.999"),
     "best at EMA 0.998": ("best", "--ema 0.998"),
     "best in fp32": ("best", "--precision fp32"),

@@ -131,7 +131,7 @@ def test_d_sees_a_picture_before_and_after_jpeg_mirrored_alike_under_the_runs_no
     assert (compressed - real).abs().max() < 0.03
     real, z, noise = dcgan.draw_inputs(c, originals, 5, torch.device("cpu"))
     torch.testing.assert_close(found["pictures scaled to this size"][:4], Left(c)(real + noise[0]))
-    fake = dcgan.to_range(dcgan.draw(G, z[0], "cpu"), c)
+    fake = dcgan.to_range(dcgan.draw(G, z[0], "cpu", chunk=4), c)
     torch.testing.assert_close(fakes[:4], Left(c)(fake + noise[0]))
 
 
@@ -140,6 +140,11 @@ def test_a_run_is_asked_what_it_makes_of_jpeg(tiny, faces, capsys):
     small = dict(image_size=16, nz=8, ngf=4, ndf=4, batch_size=4, steps=2, device="cpu", data=faces, run=run)
     words = [str(word) for name, value in small.items() for word in ("--" + name.replace("_", "-"), value)]
     assert dcgan.main(["--preset", "best", *words]) == 0
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    saved["D"]["p"].fill_(0.7)
+    torch.save(saved, run / "checkpoint.pt")
+    D, step = compression.load_discriminator(run)
+    assert D.training and D.p == 0 and step == 2
     before = sorted(run.rglob("*"))
     capsys.readouterr()
     compression.main([str(run), "--data", str(faces), "--pictures", "8"])

@@ -337,6 +337,7 @@ def test_an_option_younger_than_the_run_is_off_in_it_whatever_its_preset_says_no
     config = json.loads((run / "config.json").read_text()) | {"preset": "best"}
     for name in ("self_modulation", "augment"):
         assert getattr(dcgan.config("best"), name) and not config.pop(name)
+    assert dcgan.config("best").family != config["family"]  # which each of them names
     before = dcgan.load_generator(run)
     for file in run.rglob("*.pt"):
         saved = torch.load(file, weights_only=True)

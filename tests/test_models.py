@@ -70,6 +70,24 @@ LAYERS = {
         ],
         [("64x14x14", 64 * 25 + 64), ("128x7x7", 64 * 128 * 25 + 128), ("1x1x1", 128 * 49 + 1)],
     ),
+    "best": (  # the family `fine`; from the second layer of G on, z scales what enters
+        [
+            ("512x4x4", 100 * 512 * 16 + 2 * 512),
+            ("256x8x8", 512 * 256 * 16 + 2 * 256 + 100 * 512),
+            ("128x16x16", 256 * 128 * 16 + 2 * 128 + 100 * 256),
+            ("64x32x32", 128 * 64 * 16 + 2 * 64 + 100 * 128),
+            ("32x64x64", 64 * 32 * 16 + 2 * 32 + 100 * 64),
+            ("3x64x64", 32 * 3 * 9 + 100 * 32),
+        ],
+        [
+            ("32x64x64", 3 * 32 * 9),
+            ("64x32x32", 32 * 64 * 16 + 2 * 64),
+            ("128x16x16", 64 * 128 * 16 + 2 * 128),
+            ("256x8x8", 128 * 256 * 16 + 2 * 256),
+            ("512x4x4", 256 * 512 * 16 + 2 * 512),
+            ("1x1x1", 512 * 16),
+        ],
+    ),
 }
 PARAMETERS = {  # as the sources count them, without running statistics
     "keras": (3_979_651, 404_801),
@@ -77,7 +95,7 @@ PARAMETERS = {  # as the sources count them, without running statistics
     "mnist": (2_305_472, 212_865),
     "regularized": (13_117_184, 11_036_160),
     "demo": (568_224, 167_808),
-    "best": (3_672_704, 2_765_568),
+    "best": (3_706_528, 2_796_256),
 }
 
 
@@ -137,7 +155,7 @@ def test_the_summary_names_each_layer_its_shape_and_parameters(preset):
         for line, (shape, n) in zip(lines[1:-1], expected, strict=True):
             words = line.split()
             assert words[-1] == f"{n:,}" and words[-2] == "x".join(map(str, shape))
-            assert re.match(r" *(dense|conv|up)", line)
+            assert re.match(r" *(scaled by z, )?(dense|conv|up)", line)
         assert type(net).__name__ in lines[0] and lines[-1].split()[-1] == f"{count(net):,}"
 
 
@@ -199,7 +217,7 @@ def test_g_as_onnx_draws_the_same(preset, tmp_path):
 @pytest.mark.parametrize("preset", LAYERS)
 def test_self_modulation_lets_z_scale_what_enters_each_layer_of_g_but_the_first(preset):
     c, G, D = networks(preset, self_modulation=True, ngf=8, ndf=8)
-    _, without, other_d = networks(preset, ngf=8, ndf=8)
+    _, without, other_d = networks(preset, self_modulation=False, ngf=8, ndf=8)
     entering = [row.channels for row in dcgan.rows_g(c)[:-1]]
     assert count(G) == count(without) + c.nz * sum(entering) and count(D) == count(other_d)
     z, scales = torch.randn(3, c.nz), [block.scale.weight for block in G.blocks[1:]]

@@ -67,9 +67,11 @@ def test_d_has_won_is_said_with_a_hint(capsys):
 
 def test_what_is_on_already_is_no_hint(capsys):
     won = losses(loss_d=lambda i: 0.01, loss_g=lambda i: 9 + i % 2)
-    assert hints(said(capsys, won, augment=True, spectral_norm=True)) == ["lr-d", "real-label"]
+    noise = ["noise", "noise-steps"]
+    assert hints(said(capsys, won, augment=True, spectral_norm=True)) == ["lr-d", "real-label", *noise]
+    assert hints(said(capsys, won, augment=True, spectral_norm=True, noise=0.05)) == ["lr-d", "real-label"]
     won = losses(loss_d=lambda i: 0.4, loss_g=lambda i: 9 + i % 2)
-    assert hints(said(capsys, won, augment=True, real_label=0.9)) == ["lr-d", "spectral-norm"]
+    assert hints(said(capsys, won, augment=True, real_label=0.9)) == ["lr-d", "spectral-norm", *noise]
 
 
 def test_d_that_wins_only_now_and_then_has_not_won(capsys):

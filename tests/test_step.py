@@ -223,15 +223,16 @@ def test_the_rest_of_each_preset_is_as_in_its_source():
         "regularized": (64, 3, "crop", 128, True, 0.1, 0.0, 0.25, True, 128, 60, 64),
         "keras": (64, 3, "squash", 128, False, 0.0, 0.2, 0.0, False, 32, 10, 64),
         "mnist": (28, 1, "crop", 100, False, 0.0, 0.3, 0.0, False, 256, 50, 16),
-        "best": (64, 3, "crop", 100, True, 0.0, 0.0, 0.0, True, 8, 20, 64),
+        "best": (64, 3, "crop", 100, True, 0.05, 0.0, 0.0, True, 8, 20, 64),
     }
     for preset, row in rows.items():
         c = dcgan.config(preset)
         assert tuple(getattr(c, name) for name in names.split()) == row, preset
     assert dcgan.config("demo").ema > 0
     best = dcgan.config("best")
-    assert (best.lr_g, best.lr_d, best.beta1, best.beta2, best.ema) == (5e-4, 2.5e-4, 0.5, 0.99, 0.9999)
-    assert best.self_modulation and best.augment
+    assert (best.lr_g, best.lr_d, best.beta1, best.beta2, best.ema) == (5e-4, 1.25e-4, 0.5, 0.99, 0.9999)
+    assert best.family == "fine" and best.self_modulation and best.augment
+    assert best.noise_steps == -1
 
 
 # ---------------------------------------------------------------------------------------- who learns from what
