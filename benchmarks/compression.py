@@ -6,19 +6,21 @@
 DATA: pictures of the run's kind, best several times as large as its own.  Scaled to its size they stand for pictures
 that no JPEG has touched there.  D gets each of them as it is, and after JPEG of --quality, colour at full resolution;
 and as many fakes of G (of its EMA, if it has one), as they are and after JPEG.  D works as in a step of training:
-BatchNorm takes the statistics of each mini-batch, the run's noise is on its input; only augmentation is off.
+BatchNorm takes the statistics of each mini-batch, the run's noise is on its input; only mirroring and augmentation are
+off.
 
 A D that looks at what is drawn says the same before and after.  The more the first two rows differ, the more of D's
-lead is about files, not faces; `--noise 0.05 --noise-steps -1` hides that from it.  On the CPU; writes nothing.
+lead is about files, not faces; `--noise 0.05 --noise-steps -1` hides that from it.  On the CPU; writes nothing but the
+decoded pictures, as a run would.
 """
 
 import argparse
+import dataclasses
 import io
-import tempfile
 from pathlib import Path
 
 import torch
-from common import dcgan, table
+from common import ROOT, dcgan, table
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
@@ -46,14 +48,13 @@ def load_discriminator(folder):
 @torch.no_grad()
 def logits(D, G, originals, step, pictures, quality):
     """-> {row: D's logits of `pictures` or a few more, as the steps from `step` on would see them}"""
-    c, device = D.config, torch.device("cpu")
-    compressed, rows = after_jpeg(originals, quality), {}
+    c, device, rows = dataclasses.replace(D.config, flips=False), torch.device("cpu"), {}
     for now in range(step, step + -(-pictures // c.batch_size)):
         real, z, noise = dcgan.draw_inputs(c, originals, now, device)
         fake = dcgan.draw(G, z[0], device, chunk=c.batch_size)
         seen = {
             "pictures scaled to this size": real,
-            "the same after JPEG": dcgan.draw_inputs(c, compressed, now, device)[0],  # mirrored alike
+            "the same after JPEG": dcgan.to_range(after_jpeg(dcgan.to_pixels(real, c), quality), c),
             "fakes": dcgan.to_range(fake, c),
             "fakes after JPEG": dcgan.to_range(after_jpeg(fake, quality), c),
         }
@@ -68,12 +69,10 @@ def main(args=None):
     parser.add_argument("--data", required=True, help="folder or .zip of larger pictures of the same kind")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (95)")
     parser.add_argument("--pictures", type=int, default=1000, help="how many of each row (1000)")
+    parser.add_argument("--cache", default=str(ROOT / "runs" / "cache"), help="folder of decoded pictures")
     options = parser.parse_args(args)
     (D, step), G = load_discriminator(options.run), dcgan.load_generator(options.run)
-    c = D.config
-    with tempfile.TemporaryDirectory() as cache:
-        like = dict(image_size=c.image_size, nc=c.nc, fit=c.fit, family=c.family)
-        originals = dcgan.load_pictures(dcgan.config(c.preset, **like, data=options.data, cache=cache)).clone()
+    originals = dcgan.load_pictures(dataclasses.replace(D.config, data=options.data, cache=options.cache))
     found = logits(D, G, originals, step, options.pictures, options.quality)
     rows = []
     for row, x in found.items():
@@ -86,4 +85,7 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dcgan.UserError as e:
+        raise SystemExit(f"compression.py: {e}") from None
