@@ -15,7 +15,7 @@ the probability that D gives to x being real.  D maximises log D(x) + log(1 - D(
 
 Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
 `logits` are D before its sigmoid.  Read from top to bottom: no code uses anything further down.
-The game alone is Generator, Discriminator and train_step.
+The heart of it is two sections: the networks, and the game.
 
  [1] Goodfellow et al. 2014, Generative adversarial nets, arXiv:1406.2661
  [2] Radford, Metz, Chintala 2015, DCGAN: the networks and their first weights, arXiv:1511.06434
@@ -143,8 +143,8 @@ class Config:
                       choices=["reuse", "fresh", "simultaneous"])  # fmt: skip
     loss: str = opt("sum", "of D's real and fake halves", choices=["sum", "mean"])
     real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]", high=1)
-    noise: float = opt(0.0, "std of noise on D's input, falling linearly to 0 [6]")
-    noise_steps: int = opt(0, "steps until it is 0; 0: the run's length at its start; -1: it stays", low=-1)
+    noise: float = opt(0.0, "std of Gaussian noise on D's input [6]")
+    noise_steps: int = opt(0, "until it has fallen linearly to 0; 0: all steps of a new run; -1: it stays", low=-1)
     augment: bool = opt(False, "turn and colour what D sees, as needed [12]")
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both", high=1)
@@ -171,7 +171,7 @@ class Config:
     precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16"])
     fused: bool = opt(False, "use the fused kernels of csrc/")
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
-    graph: bool = opt(True, "one process on CUDA, csrc/, no --compile: replay the step as one graph")
+    graph: bool = opt(True, "replay the step as one CUDA graph: csrc/, one process, no --compile")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
     workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on", low=-1)
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
@@ -232,8 +232,9 @@ def say(*lines):
     """Print, on the first process only, and above the progress bar if there is one."""
     if RANK == 0:
         code = sys.stdout.encoding or "utf-8"  # names of files can hold what the terminal cannot show
-        tqdm.write("\n".join(lines).encode(code, errors="replace").decode(code), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a terminal or pipe that has gone stops no run
+            tqdm.write("\n".join(lines).encode(code, errors="replace").decode(code), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def progress(total, what, unit, initial=0):
@@ -248,8 +249,11 @@ def explained(what, *errors):
     what the error says."""
     try:
         yield
-    except (torch.OutOfMemoryError, *errors) as e:
-        what = TOO_LARGE if isinstance(e, torch.OutOfMemoryError) else what
+    except (MemoryError, RuntimeError, *errors) as e:
+        full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "you tried to allocate" in str(e)  # on a CPU
+        if not full and not isinstance(e, errors):
+            raise
+        what = TOO_LARGE if full else what
         raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
 
 
@@ -345,16 +349,19 @@ def list_files(root):
             continue
         seen.add(os.path.realpath(folder))
         paths = [os.path.join(folder, name) for name in names]
-        found += [path[len(os.path.join(root, "")) :] for path in paths if os.path.isfile(path)]
+        paths = [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # or a link to nothing
+        found += [path[len(os.path.join(root, "")) :] for path in paths]
     return sorted(found)
 
 
 def decode(picture, c):
     """A Pillow picture as it was opened, of any mode -> the same in RGB, or grey where nc is 1, and upright."""
     mode = "RGB" if c.nc == 3 else "L"
-    if picture.format == "JPEG":  # comes at 1/2, 1/4 or 1/8 where that is still large enough: twice as fast
+    if picture.format in ("JPEG", "MPO"):  # comes at 1/2, 1/4 or 1/8 where that is still large enough: twice as fast
         picture.draft(mode, (c.image_size, c.image_size))
-    ImageOps.exif_transpose(picture, in_place=True)
+    picture.load()
+    with contextlib.suppress(Exception):  # what is said about a sound picture may be damaged
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
         x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
         high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1  # floats: of 0 to 255, or 0 to 1
@@ -383,7 +390,8 @@ class Pictures(torch.utils.data.Dataset):
                 raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
             self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
             files = [os.path.join(self.root, name) for name in self.names] if self.kind == "folder" else [self.root]
-            facts = [(str(file), (info := os.stat(file)).st_size, info.st_mtime_ns) for file in files]
+            infos = [os.stat(file, follow_symlinks=os.path.exists(file)) for file in files]
+            facts = [(str(file), info.st_size, info.st_mtime_ns) for file, info in zip(files, infos, strict=True)]
         self.key = f"{key(FORMAT, 'NHWC', self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
 
     @functools.cached_property
@@ -637,9 +645,10 @@ class Block(nn.Module):
         layer = "dense" if self.kind == "dense" else f"{self.kind} {k}x{k}, stride {s}"
         words = ["scaled by z" if modulated else "none", layer, "BatchNorm" if bn else "none", self.activation]
         self.label = ", ".join(word for word in words if word != "none")
-        features = out * k * k if self.kind == "dense" else out
+        features = out  # those that BatchNorm has statistics of
         if self.kind == "dense":
-            self.layer, self.shape = nn.Linear(channels, features, bias), (out, k, k)
+            features, self.shape = out * k * k, (out, k, k)
+            self.layer = nn.Linear(channels, features, bias)
         elif self.kind == "conv":
             self.layer = nn.Conv2d(channels, out, k, s, p, bias=bias)
         else:  # output_padding: so that a stride of 2 doubles the picture exactly
@@ -703,15 +712,15 @@ class Generator(nn.Module):
 def augment(x, p):
     """Pictures (N, nc, H, H), p () -> such pictures, each with probability p turned by up to 14 degrees, shifted by up
     to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
-    n, size, chance = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
-    on = (torch.rand(n, 1, 1, **chance) < p).to(x.dtype)
-    angle = (torch.rand(n, 1, 1, **chance) - 0.5) * 0.5 * on
-    scale = torch.exp(torch.randn(n, 1, 1, **chance) * 0.15 * on)
-    dx, dy = (torch.rand(2, n, 1, 1, **chance) - 0.5) * (size / 4) * on
+    n, size, like = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
+    on = (torch.rand(n, 1, 1, **like) < p).to(x.dtype)
+    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on
+    scale = torch.exp(torch.randn(n, 1, 1, **like) * 0.15 * on)
+    dx, dy = (torch.rand(2, n, 1, 1, **like) - 0.5) * (size / 4) * on
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    i = torch.arange(size, **chance) - (size - 1) / 2  # pixels, from the centre
+    i = torch.arange(size, **like) - (size - 1) / 2  # pixels, from the centre
 
-    def nearest(place):  # the two pixels, in a row or column, between which a place lies, and how far it is on its way
+    def neighbours(place):  # along one axis: the two pixels that a place lies between, and the share of the second
         place = (place + size / 2).remainder(2 * size)
         place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
         low = place.floor()
@@ -723,11 +732,11 @@ def augment(x, p):
 
     # where in x each pixel comes from, so that the picture moves the other way; between pixels bilinear, as
     # F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
-    y0, y1, way_y = nearest(sin * i + cos * i[:, None] + dy)
-    x0, x1, way_x = nearest(cos * i - sin * i[:, None] + dx)
+    y0, y1, way_y = neighbours(sin * i + cos * i[:, None] + dy)
+    x0, x1, way_x = neighbours(cos * i - sin * i[:, None] + dx)
     x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
-    on = (torch.rand(n, 1, 1, 1, **chance) < p).to(x.dtype)
-    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **chance) * on for std in (0.4, 0.2, 0.2))
+    on = (torch.rand(n, 1, 1, 1, **like) < p).to(x.dtype)
+    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **like) * on for std in (0.4, 0.2, 0.2))
     grey = x.mean(1, keepdim=True)
     x = (grey + (x - grey) * saturation.exp()) * contrast.exp() + light
     return x.contiguous(memory_format=torch.channels_last)
@@ -837,7 +846,7 @@ def apply_gradients(optimizer, loss, good):
     """Adam's step where `good` and the loss and all gradients are finite -> whether so, a bool on the device.
     Over many processes losses and gradients are averaged first, so that all decide and move alike."""
     grads = [p.grad for p in optimizer.param_groups[0]["params"]]
-    loss = torch.where(good, loss.detach(), math.nan)  # what one process has found the average tells to all
+    loss = torch.where(good, loss.detach(), math.nan)  # one that is nan makes the mean of all processes nan
     if WORLD > 1:  # all in one, for each all_reduce costs its delay
         flat = torch.cat([loss.view(1), *[g.flatten() for g in grads]])
         dist.all_reduce(flat)
@@ -894,7 +903,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     ##########################################################################
     # (2) Update G: maximise log D(G(z))
     ##########################################################################
-    if not at_once:  # against the new D; at once: the logits above serve, with their weights and their dropout
+    if not at_once:  # against the new D; at once: G learns from D's pass above, the same weights and dropout
         D.requires_grad_(False)  # its weights need no gradient here, and none is computed
         with precision():
             fake = G(z[1]) if fresh else fake
@@ -1104,7 +1113,8 @@ def open_run(c, given):
     """-> the Config, and the checkpoint where --resume goes on or None.  `given`: the names that the user set."""
     folder = Path(c.run)
     if not c.resume:
-        if (folder / "config.json").exists() or any(folder.glob("*.pt")):
+        what = ("config.json", "*.pt", "snapshots/*.pt", "samples/step_*.png")
+        if any(file for pattern in what for file in folder.glob(pattern)):
             raise UserError(f"{folder} holds a run already; go on with --resume, or name another folder with --run")
         return c, None
     with reading(folder / "config.json"):
@@ -1259,7 +1269,7 @@ def open_folder(run):
 
 def take(sums):
     """-> the means over good steps of what train_step gave, and how many steps were good, bad.  Then the sums are 0
-    again.  Of all that is done at a step only this, and report before it, waits for the device."""
+    again.  It reads from the device, and so waits for it; nothing that is done at every step does."""
     *values, good, bad = sums.tolist()
     sums.zero_()
     means = {name: round(value / max(1, good), 5) for name, value in zip(NUMBERS, values, strict=False)}
@@ -1288,7 +1298,7 @@ def report(run, bar):
     if RANK == 0:
         run.rows.append(row)
         path = run.folder / "log.jsonl"
-        with explained(f"cannot write {path}; checkpoint.pt is intact", OSError), open(path, "a") as log:
+        with explained(f"cannot write {path}; what was saved is intact", OSError), open(path, "a") as log:
             log.write(json.dumps(row) + "\n")
 
 
@@ -1306,7 +1316,7 @@ def warn(run, x):
             "--batch-size")  # fmt: skip
     if above < 0.2:
         brakes = {"--augment": c.augment, "--spectral-norm": c.spectral_norm, "--real-label 0.9": c.real_label < 1}
-        brakes["--noise 0.05 --noise-steps -1"] = c.noise  # it hides what compression left in the files
+        brakes["--noise 0.05 --noise-steps -1"] = c.noise and c.noise_steps < 0  # it hides what compression left
         advice = " or ".join(["a lower --lr-d", *(option for option, on in brakes.items() if not on)])
         say(f"step {run.step}: D has won: its loss has long been near the least, and G learns little from it. If the "
             f"pictures get no better, begin anew with {advice}")  # fmt: skip

@@ -602,13 +602,39 @@ def test_glibc_is_told_to_keep_large_blocks(most, monkeypatch, tiny):
     assert told == {-3: most, -1: 1 << 30}
 
 
-def test_no_room_on_the_device_is_one_line_that_says_what_to_do(small, run_main, monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", ["cuda", "cpu", "python"])
+def test_no_room_on_the_device_is_one_line_that_says_what_to_do(device, small, run_main, monkeypatch, tmp_path):
     def train_step(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        _ = torch.empty(1 << 60, dtype=torch.uint8) if device == "cpu" else bytearray(1 << 60)
 
     monkeypatch.setattr(dcgan, "train_step", train_step)
     line = one_line(run_main(*small("--run", tmp_path / "run", "--steps", 1)))
-    assert "smaller --batch-size" in line and "2.00 GiB" in line
+    assert "smaller --batch-size" in line and ("2.00 GiB" in line or device != "cuda")
+
+
+def test_an_error_of_the_program_is_not_called_a_lack_of_memory(small, monkeypatch, tmp_path):
+    def train_step(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(dcgan, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        dcgan.main([str(word) for word in small("--run", tmp_path / "run", "--steps", 1)])
+
+
+def test_a_pipe_that_closes_stops_no_run(small, tmp_path):
+    """python dcgan.py ... | head: the reader goes, the run goes on and is saved."""
+
+    def write_to_nobody():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+        sys.stdout = os.fdopen(1, "w")
+        assert dcgan.main([str(word) for word in small("--run", tmp_path / "run", "--steps", 3)]) == 0
+
+    assert in_child(write_to_nobody)[0] == 0
+    assert dcgan.load(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
 
 def test_no_room_for_a_checkpoint_is_not_called_damage(small, run_main, monkeypatch, tmp_path):

@@ -103,9 +103,20 @@ def test_links_that_loop_are_followed_once(tmp_path, config):
     make_pictures(tmp_path / "p" / "inner", 2)
     (tmp_path / "p" / "inner" / "up").symlink_to(tmp_path / "p")
     (tmp_path / "p" / "self").symlink_to(tmp_path / "p")
+    assert len(dcgan.load_pictures(config(tmp_path / "p"))) == 2
+
+
+def test_links_to_nothing_are_pictures_that_cannot_be_read(tmp_path, config):
+    """As where a disk is not mounted, or git-annex has not fetched."""
+    make_pictures(tmp_path / "p", 2)
     (tmp_path / "p" / "a.jpg").symlink_to(tmp_path / "p" / "b.jpg")  # a loop of two files
     (tmp_path / "p" / "b.jpg").symlink_to(tmp_path / "p" / "a.jpg")
-    assert len(dcgan.load_pictures(config(tmp_path / "p"))) == 2
+    (tmp_path / "p" / "c.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    (tmp_path / "p" / "list.txt").symlink_to(tmp_path / "elsewhere.txt")
+    c = config(tmp_path / "p", max_bad=0.6)
+    assert len(dcgan.load_pictures(c)) == 2 and names_left_out(c) == ["a.jpg", "b.jpg", "c.jpg"]
+    picture(3).save(tmp_path / "elsewhere.jpg")
+    assert len(dcgan.load_pictures(c)) == 3  # another cache
 
 
 def test_a_folder_that_is_a_link_is_followed(tmp_path, config):
@@ -501,6 +512,24 @@ def test_pictures_stand_upright_whatever_the_camera_noted(orientation, format, n
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert upright.size == ((24, 20) if orientation > 4 else (20, 24))
     assert apart(decode(data, nc), pixels(upright, nc)) <= 2
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage, and no TIFF header", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_a_sound_picture_with_a_damaged_note_of_the_camera_is_read(exif):
+    image = picture(7)
+    data = in_bytes(image, "JPEG", quality=100, subsampling=0, exif=exif, dpi=(72, 72))
+    assert apart(decode(data, 3), pixels(image)) <= 9
+
+
+def test_large_photographs_of_phones_are_decoded_small(tmp_path, config, monkeypatch):
+    """MPO: a JPEG with more frames behind it."""
+    image = Image.new("RGB", (640, 640), "red")
+    image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[image])
+    sizes = []
+    plain = ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda x, **kw: (sizes.append(x.size), plain(x, **kw)))
+    dcgan.load_pictures(config(tmp_path))
+    assert sizes == [(80, 80)]
 
 
 def bad_pictures():

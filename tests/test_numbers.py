@@ -69,7 +69,9 @@ def test_what_is_on_already_is_no_hint(capsys):
     won = losses(loss_d=lambda i: 0.01, loss_g=lambda i: 9 + i % 2)
     noise = ["noise", "noise-steps"]
     assert hints(said(capsys, won, augment=True, spectral_norm=True)) == ["lr-d", "real-label", *noise]
-    assert hints(said(capsys, won, augment=True, spectral_norm=True, noise=0.05)) == ["lr-d", "real-label"]
+    on = dict(augment=True, spectral_norm=True, noise=0.05)
+    assert hints(said(capsys, won, **on, noise_steps=-1)) == ["lr-d", "real-label"]
+    assert hints(said(capsys, won, **on, noise_steps=9)) == ["lr-d", "real-label", *noise]  # it has fallen
     won = losses(loss_d=lambda i: 0.4, loss_g=lambda i: 9 + i % 2)
     assert hints(said(capsys, won, augment=True, real_label=0.9)) == ["lr-d", "spectral-norm", *noise]
 

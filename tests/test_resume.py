@@ -379,6 +379,17 @@ def test_a_checkpoint_without_its_config_is_not_overwritten(short, arguments, tm
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize("kept", ["snapshots/generator_000004.pt", "samples/step_000004.png"])
+def test_what_is_left_of_a_run_is_not_overwritten(kept, short, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / kept).parent.mkdir(parents=True)
+    (run / kept).write_bytes((short / "checkpoint.pt").read_bytes())
+    before = snapshot(run)
+    assert dcgan.main(arguments(run, "--steps 1")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert snapshot(run) == before
+
+
 def test_resume_without_a_run_says_so(tmp_path, capsys):
     assert dcgan.main(["--run", str(tmp_path / "nowhere"), "--resume"]) == 2
     assert "nowhere" in capsys.readouterr().err
