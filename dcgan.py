@@ -32,7 +32,6 @@ The heart of it is two sections: the networks, and the game.
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import ctypes
@@ -52,6 +51,7 @@ import sys
 import threading
 import time
 import types
+import typing
 import warnings
 import zipfile
 import zlib
@@ -72,6 +72,7 @@ from tqdm import tqdm
 FORMAT = 1  # of checkpoints and caches: a file of another format is refused, never guessed at
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them this is: as torchrun sets them
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+BELOW_1 = 1 - 1e-9
 NO_FOUND_INF = {"mps"}  # devices whose fused Adam refuses it, or ignores it, in some releases of torch
 TOO_LARGE = "the device has not enough memory: take a smaller --batch-size, or --image-size in another run"
 
@@ -149,11 +150,11 @@ class Config:
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both", high=1)
     lr_d: float = opt(5e-4, "learning rate of D [7]", high=1)
-    beta1: float = opt(0.5, "Adam: decay of the mean gradient", high=1 - 1e-9)
-    beta2: float = opt(0.999, "Adam: decay of the mean squared gradient", high=1 - 1e-9)
+    beta1: float = opt(0.5, "Adam: decay of the mean gradient", high=BELOW_1)
+    beta2: float = opt(0.999, "Adam: decay of the mean squared gradient", high=BELOW_1)
     adam_eps: float = opt(1e-8, "Adam: added to its root")
     weight_decay: float = opt(0.0, "of AdamW; with adam it is L2")
-    ema: float = opt(0.0, "EMA of G's weights, used for samples: its decay per step; 0: off [8]", high=1 - 1e-9)
+    ema: float = opt(0.0, "EMA of G's weights, used for samples: its decay per step; 0: off [8]", high=BELOW_1)
     batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"], low=1)
     samples: int = opt(64, "pictures in a grid", low=1)
     seed: int = opt(0, "all randomness follows from it", alias=["--manualSeed"], low=-math.inf)
@@ -182,7 +183,8 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # how long, how often, where
+NAMES = list(FIELDS)
+MAY_CHANGE = set(NAMES[NAMES.index("run") :])  # how long, how often, where: all from `run` on
 
 
 def halvings(c):
@@ -340,13 +342,6 @@ def read_idx(path):
     return np.frombuffer(body, np.uint8).reshape(n, h, w)
 
 
-def file_info(path):
-    try:
-        return os.stat(path)
-    except OSError:
-        return os.lstat(path)  # a link to nothing
-
-
 def list_files(root):
     """-> the names of all files in all of root but runs, which hold pictures of their own, sorted.  Opens none."""
     found, seen = [], set()
@@ -397,7 +392,8 @@ class Pictures(torch.utils.data.Dataset):
                 raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
             self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
             files = [os.path.join(self.root, name) for name in self.names] if self.kind == "folder" else [self.root]
-            facts = [(str(file), (info := file_info(file)).st_size, info.st_mtime_ns) for file in files]
+            infos = [os.stat(file, follow_symlinks=os.path.exists(file)) for file in files]  # or of a link to nothing
+            facts = [(str(file), info.st_size, info.st_mtime_ns) for file, info in zip(files, infos, strict=True)]
         self.key = f"{key(FORMAT, 'NHWC', self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
 
     @functools.cached_property
@@ -595,12 +591,20 @@ def choose_graphed(c, device):
 
 
 # ---------------------------------------------------------------------------------------- the networks
-# A network is a list of rows, a family a way to write them.  kind: "dense", "conv", or "up", a transposed convolution;
-# channels: those that come out, from a dense row as pictures of kernel x kernel.
-Row = collections.namedtuple(
-    "Row", "kind channels kernel stride padding bias bn activation dropout dropout2d",
-    defaults=[4, 2, 1, False, False, "leaky_relu", 0.0, 0.0],
-)  # fmt: skip
+# A network is a list of rows, a family a way to write them.
+
+
+class Row(typing.NamedTuple):
+    kind: str  # "dense", "conv", or "up", a transposed convolution
+    channels: int  # those that come out; of a dense row as pictures of kernel x kernel
+    kernel: int = 4
+    stride: int = 2
+    padding: int = 1
+    bias: bool = False
+    bn: bool = False
+    activation: str = "leaky_relu"
+    dropout: float = 0.0
+    dropout2d: float = 0.0
 
 
 def rows_g(c):
@@ -676,16 +680,17 @@ class Block(nn.Module):
     def forward(self, x, weight=None, groups=1, z=None):
         """x (N, C, H, W); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)."""
         layer, bn = self.layer, self.bn
-        if self.scale is not None and z is not None:  # without z: only the shape is asked for, by summary
+        weight = layer.weight if weight is None else weight
+        if self.scale is not None:
             x = x * (1 + self.scale(z))[:, :, None, None]
         if self.kind == "dense":
-            x = F.linear(x.flatten(1), layer.weight if weight is None else weight, layer.bias)
-        elif self.kind == "up" and x.shape[-1] == 1:  # of 1 x 1: a matmul does it
-            x = torch.tensordot(x.flatten(1), layer.weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
-        elif weight is None:
-            x = layer(x)
-        else:
+            x = F.linear(x.flatten(1), weight, layer.bias)
+        elif self.kind == "conv":
             x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+        elif x.shape[-1] == 1:  # up from 1 x 1: a matmul does it
+            x = torch.tensordot(x.flatten(1), weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
+        else:
+            x = layer(x)
         if bn is not None:
             state = bn.running_mean, bn.running_var, self.training, bn.momentum, bn.eps
             x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *state, self.slope, groups)
@@ -779,9 +784,8 @@ class Discriminator(nn.Module):
     def forward(self, x, groups=1):
         augmented = self.config.augment and self.training
         x = augment(x, self.p) if augmented else x
-        weights = [None] * len(self.blocks)  # each block's own
+        weights = [block.layer.weight for block in self.blocks]
         if self.config.spectral_norm:
-            weights = [block.layer.weight for block in self.blocks]
             us, vs = [block.u for block in self.blocks], [block.v for block in self.blocks]
             weights = self.ops.spectral_norm(weights, us, vs, 1e-12, self.training)
         for block, weight in zip(self.blocks, weights, strict=True):
@@ -811,12 +815,16 @@ def to_pixels(x, c):
 def summary(net, x):
     """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
     lines = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"]
-    x = x[:, :, None, None] if x.dim() == 2 else x
-    for block in copy.deepcopy(net).eval().blocks:  # a copy: no statistic moves
-        with torch.no_grad():
-            x = block(x)
+
+    def note(block, _, y):
         n = sum(p.numel() for p in block.parameters())
-        lines.append(f"  {block.label:<56} {'x'.join(map(str, x.shape[1:])):<12} {n:>12,}")
+        lines.append(f"  {block.label:<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
+
+    net = copy.deepcopy(net).eval()  # a copy: no statistic moves
+    for block in net.blocks:
+        block.register_forward_hook(note)
+    with torch.no_grad():
+        net(x)
     return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
@@ -1017,9 +1025,9 @@ def numbered(folder, pattern):
 
 def save_growth(folder, most=48):
     """samples.gif: how the grids of a run grew, evenly chosen, the last one always among them."""
-    files = [path for _, path in numbered(folder, "samples/step_*.png")][::-1]
+    files = [path for _, path in numbered(folder, "samples/step_*.png")]
     if files:
-        chosen = files[:: math.ceil(len(files) / most)][::-1]
+        chosen = files[:: -math.ceil(len(files) / most)][::-1]  # from the last one back
         save_gif([Image.open(file) for file in chosen], folder / "samples.gif", 150)
 
 
@@ -1059,7 +1067,7 @@ def choose_device(name):
 
 def choose_precision(name, device):
     """-> "bf16" or "fp32"; auto: bf16 where the hardware multiplies it, not where it would only be emulated."""
-    probes = (getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile"))
+    probes = (getattr(torch.cpu, f"_is_{feature}_supported", lambda: False) for feature in ("avx512_bf16", "amx_tile"))
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -1115,9 +1123,9 @@ def stopping(limit):
 # ---------------------------------------------------------------------------------------- training
 
 
-def open_run(c, given):
-    """-> the Config, and the checkpoint where --resume goes on or None.  `given`: the names that the user set."""
-    folder = Path(c.run)
+def open_run(c):
+    """-> the Config, and the checkpoint where --resume goes on or None.  What c was given stands above the old."""
+    folder, given = Path(c.run), c.given
     if not c.resume:
         what = ("config.json", "*.pt", "snapshots/*.pt", "samples/step_*.png")
         if any(file for pattern in what for file in folder.glob(pattern)):
@@ -1126,7 +1134,8 @@ def open_run(c, given):
     with reading(folder / "config.json"):
         old = saved_config(json.loads((folder / "config.json").read_text()))
     asked = {name: getattr(c, name) for name in given | {"run", "resume", "time_limit"}}
-    c = dataclasses.replace(old, **({"steps": 0} if "epochs" in given else {}) | asked)
+    lengths = {"steps": 0} if "epochs" in given else {}  # as in config
+    c = dataclasses.replace(old, **lengths | asked)
     saved = load(folder / "checkpoint.pt") if any(folder.glob("*.pt")) else None  # None: stopped before its first one
     for name in FIELDS.keys() - MAY_CHANGE:
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
@@ -1140,10 +1149,9 @@ def open_run(c, given):
 
 @contextlib.contextmanager
 def claimed(c):
-    """with claimed(c) as c: a Config of its own that names the run's folder, where this process alone trains."""
-    if c.download:
-        c = dataclasses.replace(c, data=download(c.download, c.data))
-    c = dataclasses.replace(c, run=c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}")
+    """with claimed(c): c names the run's folder, and this process alone trains there."""
+    c.data = download(c.download, c.data) if c.download else c.data
+    c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
     if c.data and Path(c.data).resolve() == Path(c.run).resolve():
@@ -1154,14 +1162,15 @@ def claimed(c):
         with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
             lock.acquire(timeout=0)
     try:
-        yield c
+        yield
     finally:
         lock.release()
 
 
-def set_up(c, given=frozenset()):
+def set_up(c):
     """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
-    c, saved = open_run(c, given)
+    given = c.given
+    c, saved = open_run(c)
     device = choose_device(c.device)
     if WORLD > 1 and not dist.is_initialized():  # all processes have looked into the folder before any writes there
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1384,20 +1393,19 @@ def loop(run):
         if RANK == 0:
             save_growth(run.folder)
             folder = f'"{run.folder}"' if " " in str(run.folder) else run.folder
-            say(f"{'done' if run.step >= run.total else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
+            done = run.step >= run.total
+            say(f"{'done' if done else 'stopped'} at step {run.step:,} of {run.total:,}: {run.folder}")
             say(f"draw more:  python dcgan.py generate {folder} --seeds 0-63")
-            say(f"go on:      python dcgan.py --run {folder} --resume" + " --epochs N" * (run.step >= run.total))
+            say(f"go on:      python dcgan.py --run {folder} --resume{' --epochs N' if done else ''}")
     return code or 0
 
 
-def train(c, given=None):
-    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.  `given` names
-    what a resumed run is to change; None: what config was given, and what is not c's preset."""
-    if given is None:
-        preset = config(c.preset)
-        given = c.given | {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}
-    with claimed(c) as c, explained(TOO_LARGE):
-        return loop(set_up(c, given))
+def train(c):
+    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
+    c, preset = copy.copy(c), config(c.preset)  # a copy: the caller's stays as it is
+    c.given |= {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}  # those set by hand, too
+    with claimed(c), explained(TOO_LARGE):
+        return loop(set_up(c))
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -1417,11 +1425,9 @@ def read_arguments(command, argv, seeds, name, what):
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: faster, a shade off (fp32)")
     args = p.parse_args(argv)
-    one = r"\d{1,9}(-\d{1,9})?"
-    good = re.fullmatch(f"{one}(,{one})*", args.seeds)
-    found = re.findall(r"(\d{1,9})-?(\d{0,9})", args.seeds)
-    ranges = [range(int(first), int(last or first) + 1) for first, last in found]
-    if not good or not all(ranges) or sum(map(len, ranges)) > 100_000:
+    found = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in args.seeds.split(",")]
+    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m]
+    if not all(found) or not all(ranges) or sum(map(len, ranges)) > 100_000:
         raise UserError(f"--seeds {args.seeds!r} is no list of 1 to 100,000 seeds; write 0-63 or 3,7,12")
     seeds = [seed for part in ranges for seed in part]
     folder = args.source if args.source.is_dir() else args.source.parent
@@ -1508,7 +1514,9 @@ def main(argv=None):
         data, fetch = given.get("data", ""), given.get("download", "")
         mnist = fetch == "mnist" or (data and find_idx(Path(data)))
         preset = "mnist" if mnist else "best" if data or fetch else "demo"
-        return train(config(**{"preset": preset, **given}), frozenset(given))
+        c = config(**{"preset": preset, **given})
+        c.given = frozenset(given)  # a preset that was only guessed changes no resumed run
+        return train(c)
     except (UserError, OSError) as e:
         print(f"dcgan.py: {e}", file=sys.stderr)
         return 2

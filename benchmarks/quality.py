@@ -444,9 +444,10 @@ def train_and_score_all(args):
             words = [*f"--preset {preset} --seed {seed} {length} {options}".split(), "--data", data, "--run", folder]
             if (folder / "config.json").exists():
                 words += ["--resume"]
-                own = dcgan.FIELDS.keys() - dcgan.MAY_CHANGE - {"data", "noise_steps"}
+                there = dataclasses.replace(c, run=str(folder), resume=True, seed=seed)
+                there.given = dcgan.FIELDS.keys() - dcgan.MAY_CHANGE - {"data", "noise_steps"}
                 try:  # it may have begun when this row was another: then it is refused
-                    dcgan.open_run(dataclasses.replace(c, run=str(folder), resume=True, seed=seed), own)
+                    dcgan.open_run(there)
                 except dcgan.UserError as e:
                     print(e)
                     failed.append(f"{name} seed {seed}")

@@ -150,7 +150,7 @@ def test_a_config_that_cannot_be_is_refused_from_python_too(wrong, said):
 def chosen(monkeypatch):
     """-> what main would have trained: a list of Configs."""
     configs = []
-    monkeypatch.setattr(dcgan, "train", lambda c, given: configs.append(c) or 0)
+    monkeypatch.setattr(dcgan, "train", lambda c: configs.append(c) or 0)
     return configs
 
 

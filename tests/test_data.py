@@ -1007,5 +1007,5 @@ def test_nothing_is_downloaded_for_options_that_cannot_be(monkeypatch, capsys, f
     assert dcgan.main(["--download", fetch, "--nz", "0"]) == 2
     assert "nz is 0" in capsys.readouterr().err
     found = []
-    monkeypatch.setattr(dcgan, "train", lambda c, given: found.append(c.preset) or 0)
+    monkeypatch.setattr(dcgan, "train", lambda c: found.append(c.preset) or 0)
     assert dcgan.main(["--download", fetch]) == 0 and found == [preset]

@@ -135,7 +135,7 @@ def test_three_steps_equal_three_of_keras(preset, tiny):
     full = {name: getattr(dcgan.config(preset), name) for name in ("image_size", "nz", "ngf", "ndf", "nc")}
     slope = float(np.float32(dcgan.config(preset).slope))
     exact = dict(slope=slope, beta1=BETAS[0], beta2=BETAS[1])
-    run = dcgan.set_up(tiny(preset, **full, **exact, batch_size=N, dropout=0.0), frozenset())
+    run = dcgan.set_up(tiny(preset, **full, **exact, batch_size=N, dropout=0.0))
     ours, theirs = (run.G.double(), run.D.double()), networks_of_keras(preset)
     optimizers = [tf.keras.optimizers.Adam(1e-4, *BETAS) for _ in ours]
     turned = preset == "mnist"

@@ -28,7 +28,7 @@ def start(tiny, tmp_path):
     number = itertools.count()
 
     def make(preset="classic", dtype=torch.float64, **overrides):
-        run = dcgan.set_up(tiny(preset, run=str(tmp_path / f"run{next(number)}"), **overrides), frozenset())
+        run = dcgan.set_up(tiny(preset, run=str(tmp_path / f"run{next(number)}"), **overrides))
         for net in (run.G, run.D, run.ema):
             if net is not None:
                 net.to(dtype)
