@@ -1277,7 +1277,8 @@ def open_folder(run):
         file.write(json.dumps(dataclasses.asdict(run.c), indent=1).encode())
     real = run.pictures[batch_indices(len(run.pictures), run.c.seed, 0, run.c.samples, run.pictures.device)].cpu()
     save_picture(grid(real), folder / "samples" / "real.png")
-    run.variety = max(1.0, variety(real[: max(2, len(run.pictures))]))  # what warn compares with; of each picture once
+    once = real[: max(2, len(run.pictures))]  # of few pictures the grid shows some twice, 0 apart
+    run.variety = max(1.0, variety(once))  # what warn compares with
     if run.step:  # a kill may have come between checkpoint.pt and this
         save_generator(run, folder / "generator.pt")
 
