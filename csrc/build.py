@@ -79,18 +79,20 @@ def find_compiler():
     """-> the C++ compiler: what CXX names, else the usual ones."""
     named = os.environ.get("CXX", "").split()[:1]
     found = [c for c in named or ("c++", "g++", "clang++") if shutil.which(c)]
-    if not found and sys.platform != "win32":
+    if sys.platform == "win32":
+        raise CannotBuild("the fused kernels are not written for Windows: work in WSL, or leave --fused out")
+    if not found:
         raise CannotBuild(
             f"no C++ compiler found ({'CXX names ' + named[0] if named else 'c++, g++, clang++'}): install g++ "
             "(apt install g++, dnf install gcc-c++) or set CXX, or leave --fused out"
         )
-    return found[0] if found else "cl"
+    return found[0]
 
 
 def use_compiler():
     """Let torch and setuptools find that compiler, and ninja of this environment."""
     cxx = find_compiler()
-    if sys.platform != "win32" and not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]):
+    if not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]):
         os.environ.setdefault("CC", cxx)  # this Python was compiled with one that is not here
         os.environ.setdefault("CXX", cxx)
         os.environ.setdefault("LDSHARED", f"{cxx} -shared")
@@ -145,9 +147,9 @@ def gpus():
 
 
 def architectures():
-    """-> what to compile CUDA for: the numbers in TORCH_CUDA_ARCH_LIST (a name, such as Hopper, tells load() nothing),
-    else the GPUs that are here, else the default."""
-    asked = re.findall(r"\d+\.\d+[af]?(?:\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    """-> what to compile CUDA for: the numbers in TORCH_CUDA_ARCH_LIST (a name, such as Hopper, tells load() nothing,
+    and the f of 10.0f torch does not know), else the GPUs that are here, else the default."""
+    asked = re.findall(r"\d+\.\d+a?(?:\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if asked:
         return ";".join(asked)
     return ";".join(f"{major}.{minor}" for major, minor in gpus()) or DEFAULT_ARCHITECTURES
@@ -182,8 +184,6 @@ def extension(kind, folder):
     if os.environ.get("DCGAN_NO_CLONES"):
         defines.append("-DDCGAN_NO_CLONES")
     flags = {"cxx": CXX_FLAGS + defines, "nvcc": NVCC_FLAGS}
-    if sys.platform == "win32":
-        flags["cxx"] = [f"/D{f[2:]}" for f in flags["cxx"] if f.startswith("-D")] + ["/O2"]
     make = cpp_extension.CUDAExtension if kind == "cuda" else cpp_extension.CppExtension
     return make(
         f"dcgan_ops._{kind}",

@@ -21,7 +21,9 @@ def graphed(step, inputs, parts):
             every parameter, buffer and optimiser state is put back; state created there is reset to zero, where
             Adam's begins.  Random states move on: seed before the next step.
 
-    Raises: RuntimeError from CUDA, if something in `step` cannot be captured; `parts` are as they were.
+    Raises: what `step` raises, such as a RuntimeError from CUDA if something in it cannot be captured; the tensors of
+        `parts` are as they were. In some releases of torch the random generator of the device is then still in the
+        capture: try again in a new process.
     Source: pytorch.org/docs/stable/notes/cuda.html, whole-network capture.
     """
     parts = list(parts)
@@ -40,12 +42,17 @@ def graphed(step, inputs, parts):
                         step(*inputs)
             finally:
                 here.wait_stream(side)
+            raised = None
             try:
                 with torch.cuda.graph(graph, stream=side):
-                    numbers = step(*inputs)
-            except RuntimeError as error:  # the end of a broken capture raises as well, and leaves `side` current
+                    try:
+                        numbers = step(*inputs)
+                    except BaseException as error:
+                        raised = error
+                        raise
+            except BaseException as error:  # the end of a broken capture raises as well, and leaves `side` current
                 torch.cuda.set_stream(here)
-                raise (error.__context__ if isinstance(error.__context__, RuntimeError) else error) from None
+                raise raised or error from None
     finally:
         with torch.no_grad():
             for tensor in _tensors(parts):

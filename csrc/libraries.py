@@ -97,9 +97,13 @@ def _read(path):
 
 
 def _key(kind):
-    """The folder name of a first-use build: one for each source state, Python and set of GPU architectures."""
+    """The folder name of a first-use build: one for each source state, Python, CUDA and set of GPU architectures."""
     name = f"{build.source_hash(kind)}-{sys.implementation.cache_tag}"
-    return name if kind == "cpu" else f"{name}-{build.architectures()}".replace(";", "_")
+    return name if kind == "cpu" else f"{name}-cu{_cuda_major()}-{build.architectures()}".replace(";", "_")
+
+
+def _cuda_major():
+    return str(torch.version.cuda).split(".")[0]
 
 
 def _roots():
@@ -120,7 +124,7 @@ def find(kind):
             continue
         if facts["sources"] != build.source_hash(kind):
             why = f"{path} is of other sources ({facts['sources']}, not {build.source_hash(kind)})"
-        elif kind == "cuda" and facts["cuda"].split(".")[0] != str(torch.version.cuda).split(".")[0]:
+        elif kind == "cuda" and facts["cuda"].split(".")[0] != _cuda_major():
             why = f"{path} is of CUDA {facts['cuda']}, torch of CUDA {torch.version.cuda}"
         elif kind == "cuda" and not covers(facts["architectures"]):
             why = f"{path} is compiled for {facts['architectures']}, not for this GPU"
@@ -132,7 +136,7 @@ def find(kind):
 def covers(architectures):
     """Whether code for "8.0,9.0+PTX" runs on the GPUs that are here: same major version, or PTX of an older one; code
     for "9.0a", as images for one GPU ask for it, on 9.0 alone."""
-    built = re.findall(r"(\d+)\.(\d+)(a?)f?(\+PTX)?", architectures)
+    built = re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", architectures)
     built = [((int(major), int(minor)), only, ptx) for major, minor, only, ptx in built]
     fits = [[h == a if only else a <= h and (a[0] == h[0] or ptx) for a, only, ptx in built] for h in build.gpus()]
     return all(any(one) for one in fits)
@@ -158,7 +162,8 @@ def build_here(kind):
     from filelock import FileLock  # comes with torch
 
     if kind == "cuda" and not covers(build.architectures()):
-        raise Unavailable(f"TORCH_CUDA_ARCH_LIST asks for {build.architectures()}, which this GPU cannot run: unset it")
+        what = f"TORCH_CUDA_ARCH_LIST asks for {build.architectures()}"
+        raise Unavailable(f"{what}, which not every GPU here can run: unset it")
     root = next((r for r in _roots() if _writable(r, f"{kind}.lock")), None)
     if root is None:
         raise Unavailable(f"neither {_roots()[0]} nor {_roots()[1]} can be written: set TORCH_EXTENSIONS_DIR")

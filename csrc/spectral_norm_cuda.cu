@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) sn_columns(const __grid_constant_
   for (int tile = threadIdx.x; tile < l.tiles; tile += kThreads) square += l.tile_sums[tile];
   const T length = sqrt(block_sum(square));  // a barrier for the slots, too
   const T norm = length < all.eps ? all.eps : length;  // not max, which would lose a NaN
-  for (int64_t r = block * kThreads + threadIdx.x; r < l.rows; r += int64_t(l.column_blocks) * kThreads)
+  for (int64_t r = int64_t(block) * kThreads + threadIdx.x; r < l.rows; r += int64_t(l.column_blocks) * kThreads)
     l.new_u[r] = l.t[r] / norm;
 
   const int j = block * kColumns + threadIdx.x;

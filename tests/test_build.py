@@ -156,6 +156,12 @@ def test_no_compiler_is_one_line(project, tmp_path):
     assert "cpu: no kernels yet; no C++ compiler found" in said
 
 
+def test_windows_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(build.CannotBuild, match="not written for Windows: work in WSL, or leave --fused out"):
+        build.find_compiler()
+
+
 def test_old_torch_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1")
     with pytest.raises(ops.Unavailable, match="need torch 2.11 or later, this is 2.10.1: update torch, or leave"):
@@ -201,14 +207,14 @@ def test_architectures_cover():
 
     assert covers("8.0,9.0+PTX", (8, 6)) and covers("8.0,9.0+PTX", (9, 0)) and covers("8.0,9.0+PTX", (12, 0))
     assert not covers("8.0,9.0+PTX", (7, 5)) and not covers("9.0", (10, 0)) and not covers("8.6", (8, 0))
-    assert covers("9.0a", (9, 0)) and covers("8.0,9.0a", (8, 9)) and covers("10.0f", (10, 3))  # as NVIDIA's images ask
+    assert covers("9.0a", (9, 0)) and covers("8.0,9.0a", (8, 9))  # as NVIDIA's images ask
     assert not covers("9.0a", (9, 1)) and not covers("10.0a", (9, 0)) and not covers("", (9, 0))
 
 
 @pytest.mark.parametrize(
     "asked, list",
-    [("", "7.5"), ("9.0a", "9.0a"), ("8.0, 9.0+PTX", "8.0;9.0+PTX"), ("8.6;", "8.6"), ("Hopper", "7.5"),
-     ("Ampere;8.9", "8.9"), ("native", "7.5")],
+    [("", "7.5"), ("9.0a", "9.0a"), ("9.0f", "9.0"), ("8.0, 9.0+PTX", "8.0;9.0+PTX"), ("8.6;", "8.6"),
+     ("Hopper", "7.5"), ("Ampere;8.9", "8.9"), ("native", "7.5")],
 )  # fmt: skip
 def test_architectures_asked_for(monkeypatch, asked, list):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
@@ -218,7 +224,7 @@ def test_architectures_asked_for(monkeypatch, asked, list):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
     assert build.architectures() == list
     if not ops.libraries.covers(list):  # said before a minute of compiling
-        with pytest.raises(ops.Unavailable, match="which this GPU cannot run: unset it"):
+        with pytest.raises(ops.Unavailable, match="which not every GPU here can run: unset it"):
             ops.libraries.build_here("cuda")
 
 
@@ -241,8 +247,12 @@ def test_a_cuda_library_of_another_cuda_is_passed_by(monkeypatch, tmp_path):
     monkeypatch.setattr(ops.libraries, "_roots", lambda: [])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "is of CUDA 12.6, torch of CUDA 13.0" in ops.libraries.find("cuda")[1]
+    key = ops.libraries._key("cuda")
     monkeypatch.setattr(torch.version, "cuda", "12.8")  # of one major version: they go together
     assert ops.libraries.find("cuda")[0]
+    assert ops.libraries._key("cuda") != key  # two environments on one checkout build beside each other
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert ops.libraries._key("cuda") == key.replace("cu13", "cu12")
 
 
 def test_a_cuda_library_that_fails_leaves_the_cpu_whole(project):

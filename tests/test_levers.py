@@ -104,13 +104,16 @@ class StandIn:
         self.Stream, self.current_stream = (lambda: stream), (lambda: stream)
         self.stream = self.device = contextlib.nullcontext
         self.CUDAGraph, self.streams_set = (lambda: self), []
+        self.breaks = True
         self.set_stream = self.streams_set.append
 
     @contextlib.contextmanager
     def graph(self, graph, stream):
         try:
             yield
-        except RuntimeError:
+        except BaseException:
+            if not self.breaks:
+                raise
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - as CUDA's does
 
     def step(self, *inputs):
@@ -143,23 +146,45 @@ def test_a_graph_trains_as_the_plain_step_and_its_capture_changes_nothing(preset
     assert not differing(everything(plain), everything(other))
 
 
-def test_a_step_that_cannot_be_captured_leaves_all_as_it_was(start, monkeypatch):
+def own_words():
+    try:
+        raise RuntimeError("that of another library")
+    except RuntimeError:
+        raise RuntimeError("its own words")  # noqa: B904 - as steps do that say it better
+
+
+def not_permitted():
+    raise RuntimeError("not permitted when stream is capturing")
+
+
+def wrong_type():
+    raise TypeError("no tensor")
+
+
+@pytest.mark.parametrize("breaks", [True, False])  # the capture, so that its end raises as well
+@pytest.mark.parametrize("fail, kind, words", [
+    (not_permitted, RuntimeError, "capturing"), (own_words, RuntimeError, "its own words"),
+    (wrong_type, TypeError, "no tensor"),
+])  # fmt: skip
+def test_a_step_that_cannot_be_captured_leaves_all_as_it_was_and_says_why(
+    fail, kind, words, breaks, start, monkeypatch
+):
     run = start("best", "run")
     step = dcgan.choose_step(run)
-
     calls = []
 
     def fails(*inputs):
         step(*inputs)
         calls.append(inputs)
         if len(calls) == 4:  # not while it warms up
-            raise RuntimeError("not permitted when stream is capturing")
+            fail()
 
     stand_in = StandIn(fails)
+    stand_in.breaks = breaks
     monkeypatch.setattr(csrc.graph, "torch", types.SimpleNamespace(
         cuda=stand_in, no_grad=torch.no_grad, is_tensor=torch.is_tensor))  # fmt: skip
     before = everything(run)
-    with pytest.raises(RuntimeError, match="capturing"):
+    with pytest.raises(kind, match=words):
         csrc.graph.graphed(fails, inputs_of(run, 0), run.stateful.values())
     assert stand_in.streams_set == [stand_in.current_stream()]  # not the one of the capture
     after = everything(run)
