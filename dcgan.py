@@ -641,6 +641,9 @@ def rows_d(c):
         hidden = [Row("conv", c.ndf << i, bn=i > 0 or c.family == "fine", **drop) for i in range(n)]
         if c.family == "fine":  # it looks at every pixel before it halves
             hidden.insert(0, Row("conv", (c.ndf + 1) // 2, 3, 1, 1, **drop))
+            if base > 4:  # and halves once more, or it would judge a place by what lies near it alone
+                hidden.append(Row("conv", c.ndf << n, 3, 2, 1, bn=True, **drop))
+                base = (base + 1) // 2
         return [*hidden, Row("conv", 1, base, 1, 0, activation="none")]
     if c.family == "keras":  # features are dropped only once, before the dense layer
         hidden = [Row("conv", c.ndf << min(i, 1), bias=True, dropout2d=c.dropout2d) for i in range(n)]

@@ -173,6 +173,23 @@ def test_the_summary_tells_what_follows_each_layer():
 # ---------------------------------------------------------------------------------------- sizes and ranges
 
 
+@pytest.mark.parametrize(
+    "size, last", [(28, (256, 4, 4)), (40, (512, 3, 3)), (48, (512, 3, 3)), (64, (512, 4, 4)), (96, (1024, 3, 3))]
+)
+def test_d_of_best_judges_from_the_whole_picture(size, last):
+    """D's last layer weighs at most 4 x 4 places, linearly, and each of them has seen half of the side or more."""
+    c, G, D = networks("best", image_size=size)
+    x = torch.zeros(1, c.nc, size, size)
+    *_, (shape, _), (logit, _) = layers(D, x)
+    assert shape == last and logit == (1, 1, 1)
+    y = x.requires_grad_()
+    for block in D.blocks[:-1]:
+        y = block(y)
+    y[0, :, 1, 1].sum().backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 >= size / 2
+
+
 @pytest.mark.parametrize("nc", [1, 3])
 @pytest.mark.parametrize("size", [28, 32, 48, 64, 96, 128])
 @pytest.mark.parametrize("preset", PRESETS)
