@@ -77,10 +77,10 @@ def check_torch():
 
 def find_compiler():
     """-> the C++ compiler: what CXX names, else the usual ones."""
-    named = os.environ.get("CXX", "").split()[:1]
-    found = [c for c in named or ("c++", "g++", "clang++") if shutil.which(c)]
     if sys.platform == "win32":
         raise CannotBuild("the fused kernels are not written for Windows: work in WSL, or leave --fused out")
+    named = os.environ.get("CXX", "").split()[:1]
+    found = [c for c in named or ("c++", "g++", "clang++") if shutil.which(c)]
     if not found:
         raise CannotBuild(
             f"no C++ compiler found ({'CXX names ' + named[0] if named else 'c++, g++, clang++'}): install g++ "

@@ -22,8 +22,7 @@ def graphed(step, inputs, parts):
             Adam's begins.  Random states move on: seed before the next step.
 
     Raises: what `step` raises, such as a RuntimeError from CUDA if something in it cannot be captured; the tensors of
-        `parts` are as they were. In some releases of torch the random generator of the device is then still in the
-        capture: try again in a new process.
+        `parts` are as they were.
     Source: pytorch.org/docs/stable/notes/cuda.html, whole-network capture.
     """
     parts = list(parts)
