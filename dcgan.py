@@ -73,8 +73,8 @@ FORMAT = 1  # of checkpoints and caches: a file of another format is refused, ne
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them this is: as torchrun sets them
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 BELOW_1 = 1 - 1e-9
-NO_FOUND_INF = {"mps"}  # devices whose fused Adam refuses it, or ignores it, in some releases of torch
-TOO_LARGE = "the device has not enough memory: take a smaller --batch-size, or --image-size in another run"
+NO_FOUND_INF = {"mps"}  # devices whose fused Adam refuses or ignores found_inf in some releases of torch
+TOO_LARGE = "not enough memory on the device: begin another run with a smaller --batch-size or --image-size"
 
 
 class UserError(Exception):
@@ -126,7 +126,7 @@ class Config:
     image_size: int = opt(64, "height and width, pixels", alias=["--imageSize"])
     nc: int = opt(3, "channels: 3 colour, 1 grey", choices=[1, 3])
     fit: str = opt("crop", "resize and cut the centre, or squash", choices=["crop", "squash"])
-    flips: bool = opt(False, "mirror half of the real pictures; not for writing")
+    flips: bool = opt(False, "mirror real pictures at random (half of them); not for pictures of text")
     family: str = opt("dcgan", "shape of the networks; fine: dcgan, more at full size", "networks",
                       choices=["dcgan", "fine", "keras", "mnist"])  # fmt: skip
     nz: int = opt(100, "length of the latent vector z", low=1)
@@ -140,13 +140,13 @@ class Config:
     spectral_norm: bool = opt(False, "divide D's weights by their spectral norm [3]")
     dropout: float = opt(0.0, "in D, share of the features", high=1)
     dropout2d: float = opt(0.0, "in D, share of the channels", high=1)
-    update: str = opt("reuse", "G learns from D's fakes, fresh ones, or at once with D", "the game",
-                      choices=["reuse", "fresh", "simultaneous"])  # fmt: skip
+    update: str = opt("reuse", "G's fakes: D's reused, fresh ones, or D's with both nets updated at once",
+                      "the game", choices=["reuse", "fresh", "simultaneous"])  # fmt: skip
     loss: str = opt("sum", "of D's real and fake halves", choices=["sum", "mean"])
     real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]", high=1)
     noise: float = opt(0.0, "std of Gaussian noise on D's input [6]")
     noise_steps: int = opt(0, "until it has fallen linearly to 0; 0: all steps of a new run; -1: it stays", low=-1)
-    augment: bool = opt(False, "turn and colour what D sees, as needed [12]")
+    augment: bool = opt(False, "adaptive augmentation of all that D sees, real and fake [12]")
     optimizer: str = opt("adam", "of both networks", choices=["adam", "adamw"])
     lr_g: float = opt(5e-4, "learning rate of G; --lr sets both", high=1)
     lr_d: float = opt(5e-4, "learning rate of D [7]", high=1)
@@ -174,7 +174,7 @@ class Config:
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
     graph: bool = opt(True, "replay the step as one CUDA graph: csrc/, one process, no --compile")
     deterministic: bool = opt(False, "CUDA: the same bits every time, slower")
-    workers: int = opt(-1, "that decode pictures; -1: one a core from 512 pictures on", low=-1)
+    workers: int = opt(-1, "processes that decode pictures; -1: one per core from 512 pictures on", low=-1)
     cache: str = opt("runs/cache", "folder of decoded pictures, shared by runs")
     max_bad: float = opt(0.01, "more unreadable pictures than this share stop the start", high=1)
     download: str = opt("", "fetch into --data with torchvision", choices=["", "celeba", "mnist"])
@@ -192,7 +192,7 @@ def halvings(c):
     smallest = {"dcgan": 4, "fine": 4, "keras": 8, "mnist": 7}[c.family]  # base < 2 * smallest, so unique
     sizes = {base << n: (n, base) for n in range(1, 9) for base in range(smallest, 2 * smallest)}
     if c.image_size not in sizes:
-        raise UserError(f"image_size is {c.image_size}; it can be {', '.join(map(str, sizes))}")
+        raise UserError(f"image_size is {c.image_size}; with family {c.family} it can be {', '.join(map(str, sizes))}")
     return sizes[c.image_size]
 
 
@@ -389,7 +389,8 @@ def fit_picture(picture, c):
 
 class Pictures(torch.utils.data.Dataset):
     """What --data points at.  [i] -> the pixels, the bytes of (H, W, nc) uint8, or a str: why it cannot be read.
-    Raises UserError where there is nothing.  `key` names its cache and follows from names, sizes and times alone."""
+    Raises UserError where there is nothing.  `key` names its cache: it follows from the names, sizes and times of the
+    files, not from what is in them, and from how they are decoded."""
 
     def __init__(self, c):
         self.c, self.kind, facts = c, "drawn", DRAWN
@@ -495,8 +496,9 @@ def load_pictures(c):
     facts = found or read_index(array, index)
     shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
     if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
-        what = f"more than --max-bad {c.max_bad:.1%} of {shape[0] + len(bad)} pictures cannot be read"
-        raise UserError("\n  ".join([f"{what}; once they can be, delete {index}", *bad[:100]]))
+        what = f"{len(bad)} of {shape[0] + len(bad)} pictures cannot be read; --max-bad allows {c.max_bad:.1%}"
+        what += f": repair or remove them, or raise --max-bad; if they can be read by now, delete {index}"
+        raise UserError("\n  ".join([what, *bad[:100]]))
     where = f"{'found in' if found else 'decoded into'} {array}, {size / 1e6:.0f} MB"
     say(f"pictures    {shape[0]:,} of {c.data or 'the built-in drawn faces'}, {where}")
     if bad:
@@ -529,7 +531,7 @@ def download(name, root):
         fetch, root = torchvision.datasets.CelebA, root or "celeb_dataset"
         by_hand = "it needs pip install -e '.[download]'; if the quota of its server is spent, give --data the zip of"
         by_hand += " kaggle datasets download -d jessicali9530/celeba-dataset"
-    with explained(f"--download {name} into {root} cannot be; {by_hand}", Exception):  # no network, gdown or quota
+    with explained(f"--download {name} into {root} failed; {by_hand}", Exception):  # no network, gdown or quota
         Path(root).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(root) / ".lock"):  # one process fetches, the others find it there
             fetch(root, download=True)
@@ -850,7 +852,7 @@ def draw_inputs(c, pictures, step, device):
     pixels = pictures[batch_indices(len(pictures), c.seed, step * size, (step + 1) * size, pictures.device)[here]]
     if device.type == "cuda" and not pixels.is_cuda:  # so that the copy waits for nothing
         pixels = pixels.pin_memory()
-    pixels = pixels.to(device, non_blocking=device.type == "cuda")  # others would not keep pixels until then
+    pixels = pixels.to(device, non_blocking=device.type == "cuda")  # elsewhere pixels could be freed before the copy
     chance = dict(generator=torch.Generator(device).manual_seed(key(c.seed, "step", step)), device=device)
     z = torch.randn(2, size, c.nz, **chance)[:, here]
     if c.flips:
@@ -893,13 +895,13 @@ def average(ema, G, weight):
     torch._foreach_add_(old, way)
 
 
-NUMBERS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # what a step tells, and the columns of log.jsonl
+NUMBERS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # of one step; the first four go to log.jsonl, as means
 
 
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
     """One update of D and one of G -> NUMBERS, (6,) on the device.  Shapes: draw_inputs.  All finite: good 1, bad 0.
-    Otherwise bad is 1, all else 0, and the update that met it is skipped (with D's, G's too).  No `if` on a tensor
-    here: it would wait for the device.  A CUDA graph runs this Python only once: to print or debug, use --no-graph."""
+    Otherwise bad is 1, all else 0, and the update with that number is skipped; skipping D's skips G's too.  No `if` on
+    a tensor here: it would wait for the device.  A CUDA graph runs this Python only once: to print, use --no-graph."""
     at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
     bce = F.binary_cross_entropy_with_logits
     good = torch.isfinite(real).all() & torch.isfinite(z).all()  # False: no update is made
@@ -1187,12 +1189,13 @@ def set_up(c):
     if c.batch_size % WORLD:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {WORLD} processes; take a multiple")
     if c.family == "mnist" and c.batch_size == WORLD:
-        raise UserError("--batch-size: BatchNorm of a dense layer needs 2 pictures or more in each process")
+        what = f"--batch-size {c.batch_size} gives each process 1 picture, and BatchNorm of a dense layer needs 2"
+        raise UserError(f"{what}: take {2 * WORLD} or more")
     tune(c, device)
     ops, graphed = choose_ops(c.fused, device), choose_graphed(c, device)
     if "graph" in given and c.graph and not graphed:
-        what = f"--graph needs csrc/ and one process on CUDA without --compile; this is {WORLD} on {device}"
-        raise UserError(f"{what}: leave it out")
+        what = f"--graph needs csrc/ and one process on CUDA without --compile; here: {WORLD} process(es) on {device}"
+        raise UserError(f"{what}: leave --graph out")
     say(f"run         {c.run}, preset {c.preset}, {'goes on' if saved else 'begins'}")
     how = f"{device}, {c.precision}, {'fused kernels' if c.fused else 'plain PyTorch'}"
     how += ", graphed" if graphed else ", not graphed (see --graph)" if device.type == "cuda" else ""
@@ -1493,8 +1496,9 @@ def read_options(argv):
     p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
     p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
     p.epilog = (
-        "in brackets: where the preset says nothing. Presets: best, for a folder; classic, a PyTorch script on CelebA; "
-        "regularized, with all that might help; keras, the TF and Keras scripts; mnist, the TF tutorial; demo, small"
+        "in brackets: the default, where the preset sets none. Presets: best, for a folder; classic, a PyTorch script "
+        "on CelebA; regularized, with all that might help; keras, the TF and Keras scripts; mnist, the TF tutorial; "
+        "demo, small"
     )
     group = p
     for f in FIELDS.values():
