@@ -7,9 +7,10 @@
 The reference is torchvision's ImageFolder, which decodes with Pillow, with Resize, CenterCrop, ToTensor and Normalize,
 shuffled and collated by a DataLoader.  dcgan.py decodes once into a cache (`build`) and trains from there (`epoch`:
 batches as a training step gets them, in random order, scaled, with their noise z).  Compared are pictures per second
-of CPU time, of all processes together, so that it holds per core.  Rows take turns, five epochs a turn; a figure is
-the median over the rounds, its spread (largest - smallest) / median.  The allocator keeps memory, as in training, for
-all rows: by default an epoch takes up to twice as long in some processes.  Writes results/data_cpu.json and .md.
+of CPU time, of all processes together, so that it holds per core.  Rows take turns (of an "epoch" row, five at a
+time); a figure is the median over the rounds, its spread (largest - smallest) / median.  The allocator keeps memory,
+as in training, for all rows: by default an epoch takes up to twice as long in some processes.  Writes
+results/data_cpu.json and .md.
 """
 
 import argparse
@@ -101,8 +102,8 @@ def memory_of(data):
 
 def repeated(data, folder, times):
     """A folder in which every picture of `data` stands several times, by links."""
-    for i, path in itertools.product(range(times), sorted(Path(data).rglob("*.jp*g"))):
-        (folder / f"{i}_{path.name}").symlink_to(path.resolve())
+    for i, (n, path) in itertools.product(range(times), enumerate(sorted(Path(data).rglob("*.jp*g")))):
+        (folder / f"{i}_{n}_{path.name}").symlink_to(path.resolve())
     return folder
 
 
@@ -159,7 +160,7 @@ def main():
         archive = scratch / "pictures.zip"
         with zipfile.ZipFile(archive, "w") as file:
             for path in sorted(folder.rglob("*.jp*g")):
-                file.write(path, path.name)
+                file.write(path, path.relative_to(folder))
         rows = the_rows(folder, archive, str(scratch / "cache"), 64)
         got = {name: [] for name in rows}
         for turn in range(options.rounds + 1):

@@ -2,7 +2,7 @@
 
     python dcgan.py && python benchmarks/demo.py runs/demo-drawn
 
-Of 512 pictures, seeds 0-511, beside 512 drawn ones, the first weights' pictures and one picture repeated:
+Of 512 pictures, seeds 0-511, beside 512 drawn ones, those of an untrained G and one picture repeated:
     sky, hair, skin   variety: the standard deviation over pictures of a region's mean colour
     eyes, mouth       contrast: within the boxes of the eyes, and of the mouth against the cheeks
     unlike            distance of a picture to the one most like it in its set, so that a few faces repeated fail

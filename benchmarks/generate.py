@@ -5,7 +5,7 @@
     python benchmarks/generate.py --quick         tiny, to see that it runs; writes nothing
 
 The reference is the generator of pytorch/examples in eval mode, eager, fp32, NCHW, all pictures in one batch, turned
-to uint8 on the CPU: what dcgan.draw gives too, which works in chunks of one size so that a picture does not depend on
+to uint8 and copied to the CPU: what dcgan.draw gives, too, in chunks of one size, so that no picture depends on
 what is drawn beside it.  Both with random weights: the values do not change the work.  Each allocator setting has a
 process of its own; rows take turns, medians with spread as in step.py.
 Writes benchmarks/results/generation_<device>.json and .md.

@@ -6,7 +6,7 @@
 # Goes on after a failure and says at the end what failed; results are in benchmarks/results/*_cuda.{json,md},
 # logs in runs/gpu/. PYTHON names another interpreter. Seen on an H200, one by one: build half a minute, CUDA tests 76 s
 # of test time, step.py --only all --seconds 0.2 56 s, ops.py --no-compile --seconds 0.06 25 s (here both run longer); a
-# sanitiser was not through in 50 s.
+# sanitiser had not finished after 50 s.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python}

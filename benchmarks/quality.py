@@ -11,7 +11,8 @@ Weights: the FID Inception of 2015-12-05 as a state dict (pytorch-fid's pt_incep
 is downloaded here.  What a figure depends on is its fingerprint: the real pictures, the fakes' number and seeds, the
 resizing, the weights, the precision.  Two figures of different fingerprints cannot be compared, and `compare` and
 `table` do not.  Fakes are uint8 and never a JPEG.  Beside each figure stands its floor: what real pictures, as many as
-there are fakes, get against all others.  Grey pictures are scored as RGB, and MNIST's digits by a small classifier.
+there are fakes (at most half of them), get against all others.  Grey pictures are scored as RGB, and MNIST's digits
+by a small classifier.
 
  FID                Heusel et al. 2017, arXiv:1706.08500, from 2048 features of Inception (pool3)
  KID                Binkowski et al. 2018, arXiv:1801.01401, 100 subsets of at most 1,000
@@ -305,8 +306,8 @@ def score(args):
     Path(args.cache).mkdir(parents=True, exist_ok=True)
     dcgan.tune(dcgan.config(), device)
     folder = source if source.is_dir() else source.parent
-    G = load_raw(source, device) if args.raw else dcgan.load_generator(source, device)
-    file = source if source.is_file() else folder / ("checkpoint.pt" if args.raw else "generator.pt")
+    G = load_raw(folder, device) if args.raw else dcgan.load_generator(source, device)
+    file = folder / "checkpoint.pt" if args.raw else source if source.is_file() else folder / "generator.pt"
     c, step = G.config, dcgan.load(file)["step"]
     default = folder.name + (" without EMA" if args.raw else "")
     if source.is_file() and source.name != "generator.pt":
@@ -434,6 +435,8 @@ def train_and_score_all(args):
     if not args.weights.is_file():
         raise ValueError(f"there is no {args.weights}; --weights is the FID Inception")
     rows, failed = FACES | DIGITS, []
+    if not args.mnist and DIGITS.keys() & set(args.rows or ()):
+        raise ValueError("--rows of digits need --mnist, the folder of MNIST's idx files")
     for name in args.rows or rows:
         preset, options = rows[name]
         data = args.mnist if name in DIGITS else args.faces

@@ -4,11 +4,11 @@
     python benchmarks/step.py --device cuda       on a GPU
     python benchmarks/step.py --quick             tiny networks, to see that it runs; writes nothing
 
-The reference is the recipe of pytorch/examples, dcgan/main.py, written out below: eager, fp32, NCHW, sigmoid and BCE,
-D(real) and D(fake) in two passes with two backwards, plain Adam, all five numbers read back each step, and the
-allocator as it comes.  All rows train the networks of that recipe (ngf = ndf = 64) on batches of 128 64x64 pictures
-that lie in memory.  The reference gets its real batch ready; dcgan.py's rows gather and scale theirs, flip them where
-the preset does, and read their numbers as training does, every ten steps.
+The reference is the recipe of pytorch/examples, dcgan/main.py, written out below: eager, fp32 (on a GPU TF32), NCHW,
+sigmoid and BCE, D(real) and D(fake) in two passes with two backwards, plain Adam, all five numbers read back each
+step, and the allocator as it comes.  All rows train the networks of that recipe (ngf = ndf = 64) on batches of 128
+64x64 pictures that lie in memory.  The reference gets its real batch ready; dcgan.py's rows gather and scale theirs,
+flip them where the preset does, and read their numbers as training does, every ten steps.
 
 Rows take turns, round after round (A B C A B C); a row's time is the median over the rounds, its ratio the median of
 the rounds' ratios, the spread is (slowest - fastest) / median.  glibc's allocator can be set only once a process, so
@@ -117,8 +117,9 @@ def make_reference(row, device, size):
         G, D, real = (x.to(memory_format=torch.channels_last) for x in (G, D, real))
     hyper = dict(lr=2e-4, betas=(0.5, 0.999), fused=True if "fused Adam" in levers else None)
     opt_g, opt_d = torch.optim.Adam(G.parameters(), **hyper), torch.optim.Adam(D.parameters(), **hyper)
-    modes = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}  # with them D's second call would
-    for lever, options in modes.items():  # overwrite what its first one gave, which its backward still needs
+    # no CUDA graphs: D's second call would overwrite what its first one gave, which its backward still needs
+    modes = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
+    for lever, options in modes.items():
         if lever in levers:
             G, D = torch.compile(G, **options), torch.compile(D, **options)
     return functools.partial(reference_step, G, D, opt_g, opt_d, real, levers)

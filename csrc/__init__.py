@@ -44,7 +44,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
 
     Args:
         x: (N, C) or (N, C, H, W), any strides; float32, bfloat16, float16 or float64.
-        weight, bias: (C,) in x's dtype or float32, or None.
+        weight, bias: (C,) in x's dtype or float32 (float64 x: float64 only), or None.
         running_mean, running_var: (C,), or None (then `training` must be true).  Changed in place in training.
         training: use the statistics of the batch, else the running ones.
         momentum: share of the new statistics in the running ones, 0 to 1.

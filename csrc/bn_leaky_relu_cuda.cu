@@ -15,7 +15,7 @@
 // bytes      per element, read and written: forward 12 in fp32, 6 in bf16; backward 20 and 10
 // precision  fp32 (fp64 for double), rounded once at the end. Moments are those of x - x0, where x0 is a
 //            typical value of the channel, of batches of rows about their own mean, merged pairwise: there is
-//            no E[x^2] - E[x]^2, and neither a large mean nor an outlier does harm
+//            no E[x^2] - E[x]^2, and neither a large mean nor an outlier spoils var (mean itself is kept in fp32)
 // sources    Ioffe and Szegedy 2015 (BatchNorm and its gradient); Chan, Golub, LeVeque 1983 (merging);
 //            Rota Bulo et al. 2018 (InPlace-ABN: fuse with the activation)
 #include "bn_tiles.cuh"

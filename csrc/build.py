@@ -40,7 +40,7 @@ class CannotBuild(RuntimeError):
 
 
 def source_hash(kind):
-    """-> 12 hex digits that change with every source and flag of a library, which carries those of its build."""
+    """-> 12 hex digits that change with every source and fixed flag; a library carries those it was built from."""
     headers = {"checks.h", *(path.name for path in HERE.glob("*.h" if kind == "cpu" else "*.cuh"))}
     digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
     for name in SOURCES[kind] + sorted(headers):
@@ -92,6 +92,8 @@ def find_compiler():
 def use_compiler():
     """Let torch and setuptools find that compiler, and ninja of this environment."""
     cxx = find_compiler()
+    if not shutil.which("c++"):  # which torch calls where CXX is not set
+        os.environ.setdefault("CXX", cxx)
     if not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]):
         os.environ.setdefault("CC", cxx)  # this Python was compiled with one that is not here
         os.environ.setdefault("CXX", cxx)

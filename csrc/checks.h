@@ -39,6 +39,12 @@ template <typename N, std::enable_if_t<std::is_integral_v<N>, bool> = true>
 std::string text(N n) {
   return std::to_string(n);
 }
+struct place {  // cuda:0
+  const Tensor& t;
+};
+inline std::string text(const place& p) {
+  return p.t.is_cuda() ? "cuda:" + std::to_string(p.t.get_device_index()) : p.t.is_cpu() ? "cpu" : "another device";
+}
 inline std::string text(const shape& s) {
   std::string all;
   for (size_t d = 0; d < s.sizes.size(); ++d) all += (d ? ", " : "") + std::to_string(s.sizes[d]);
@@ -86,7 +92,7 @@ inline OptionalTensor as(const OptionalTensor& t, ScalarType dtype) {
 inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
   bool same_type = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu();
   check(same_type && t.get_device_index() == x.get_device_index(), name,
-        " and the input must be on one device: move one of them");
+        " is on ", place{t}, ", the other tensors on ", place{x}, ": move it there");
 }
 
 // ---------------------------------------------------------------------------------------------- layouts
@@ -147,7 +153,7 @@ inline void check_bn_vector(const char* name, const OptionalTensor& t, const Ten
         ",), one value per channel of x ", shape(x), "; got ", shape(*t));
   auto given = t->scalar_type(), own = x.scalar_type();
   check(given == own || given == wide(own), "bn_leaky_relu: ", name, " must be ", dtype_name(own),
-        " like x or ", dtype_name(wide(own)), "; got ", dtype_name(given));
+        " like x", own == wide(own) ? "" : " or Float", "; got ", dtype_name(given), ": cast it");
   check_same_device(name, *t, x);
 }
 inline void check_bn_input(const Tensor& x, int64_t groups) {
@@ -189,7 +195,7 @@ inline void check_bn_leaky_relu_backward(const Tensor& dy, const Tensor& x, cons
     check(t->dim() == 2 && t->size(0) == (training ? groups : 1) && t->size(1) == x.size(1) &&
               t->scalar_type() == wide(x.scalar_type()) && t->is_contiguous(),
           "bn_leaky_relu_backward: mean and invstd must be those that bn_leaky_relu returned");
-    check_same_device("mean and invstd", *t, x);
+    check_same_device("mean or invstd", *t, x);
   }
 }
 
@@ -222,7 +228,7 @@ inline void check_sn_weight(const Tensor& w, const Tensor& u, const Tensor& v, c
         shape(v));
   check(u.scalar_type() == t && v.scalar_type() == t, "spectral_norm: u and v must be ", dtype_name(t),
         " like their weight; got ", dtype_name(u.scalar_type()), " and ", dtype_name(v.scalar_type()));
-  check_same_device("the weights", w, first);
+  check_same_device("a weight", w, first);
   check_same_device("u", u, w);
   check_same_device("v", v, w);
 }
@@ -254,7 +260,8 @@ inline void check_spectral_norm_backward(const std::vector<Tensor>& grads, const
     check(same_shape(grads[i], weights[i]), "spectral_norm_backward: gradient ", i, " has shape ",
           shape(grads[i]), ", its weight ", shape(weights[i]));
     check(grads[i].scalar_type() == grads[0].scalar_type(),
-          "spectral_norm_backward: gradients of two dtypes");
+          "spectral_norm_backward: all gradients must have one dtype; got ",
+          dtype_name(grads[0].scalar_type()), " and ", dtype_name(grads[i].scalar_type()));
     check_same_device("a gradient", grads[i], weights[0]);
     sn_out_dtype(weights, grads[i].scalar_type());
   }

@@ -69,7 +69,7 @@ struct Cut {
       for (int64_t j = 0; j < width; j += inner, next()) f(j, std::min(inner, width - j), channel);
     }
   }
-  // columns[j] = value(channel in the block) for the columns of a piece
+  // to[j] = value(channel in the block) for the columns of a piece
   template <typename A, typename F>
   void spread(int64_t block, A* to, const F& value) const {
     columns(block, [&](int64_t j, int64_t n, int64_t channel) { std::fill_n(to + j, n, A(value(channel))); });

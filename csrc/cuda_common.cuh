@@ -1,6 +1,6 @@
 // What the two CUDA ops share: the shape of a block, 16-byte accesses, sums over a block, stream and device.
 // A block has kThreads threads in kWarps warps. Every reduction combines its values in an order that depends
-// on the shapes and on the device only, never on which block ran first: results are bitwise reproducible.
+// on shapes, layout, alignment and the device only, never on which block ran first: results are bitwise reproducible.
 #pragma once
 #ifndef USE_CUDA  // then torch's headers declare the current stream and the error checks
 #define USE_CUDA

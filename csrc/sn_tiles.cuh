@@ -15,7 +15,7 @@ struct Layer {
   void* out;                               // W / sigma in out_dtype; backward: dW like W
   T *new_u, *new_v;                        // what the iteration makes of them
   T *t, *tile_sums, *parts;                // W v; per tile |t|^2, u't or <G, W>, and t'W: tiles x padded_cols
-  T *s, *column_sums;                      // W'u; per block of (2) |s|^2
+  T *s, *column_sums;                      // W'u; per block of sn_columns |s|^2
   int rows, cols, padded_cols, taps, ins;  // column j is input j / taps, tap j % taps; ins > 0: channels_last
   int tile_rows, tiles, column_blocks;
   int first_tile, first_column_block;      // where the blocks of this layer begin in the grid
@@ -64,7 +64,8 @@ class Plan {
 
   void add(const Tensor& weight, const Tensor& u, const Tensor& v) {
     const SnSizes s = sn_sizes(weight);
-    check(s.cols < 1 << 30 && s.rows < 1 << 30, "spectral_norm: too many rows or columns: ", shape(weight));
+    check(s.cols < 1 << 30 && s.rows < 1 << 30, "spectral_norm on CUDA takes fewer than 2^30 rows and columns; got ",
+          shape(weight), ": leave --fused out");
     Layer<T> l{};
     l.weight = weight.const_data_ptr<T>(), l.u = u.const_data_ptr<T>(), l.v = v.const_data_ptr<T>();
     l.rows = s.rows, l.cols = s.cols, l.taps = s.taps, l.ins = s.channels_last ? s.cols / s.taps : 0;

@@ -11,7 +11,8 @@
 //   precision  W v, norms, sigma and <G, W> in fp64; W't in fp64, from sums of four rows in W's dtype;
 //              W / sigma divided and rounded once. The order of additions depends on shapes only.
 //   bytes      per weight: forward reads W once for the iteration (a row gives t_i and its share of W't while
-//              it is in cache), once to scale it, and writes once: 12 in fp32; backward 20.
+//              it is in cache), once to scale it, and writes once: 12 in fp32; backward reads W once, G twice,
+//              and writes dW: 16.
 //   sources    Miyato et al. 2018 (arXiv 1802.05957); torch.nn.utils.parametrizations.spectral_norm
 #include <algorithm>
 #include <cmath>

@@ -14,6 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compression  # noqa: E402 - after the path to it
+import data  # noqa: E402
 import step as steps  # noqa: E402
 from common import dcgan, table  # noqa: E402
 
@@ -30,6 +31,15 @@ def test_a_quick_run_works_and_writes_nothing(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "reference" in done.stdout or "ImageFolder" in done.stdout
     assert written() == before and list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / "faces" / folder).mkdir(parents=True)
+        dcgan.draw_face(ord(folder), 32).save(tmp_path / "faces" / folder / "1.jpg")
+    (tmp_path / "many").mkdir()
+    many = data.repeated(tmp_path / "faces", tmp_path / "many", 3)
+    assert len(list(many.iterdir())) == 6
 
 
 def networks_of_both():

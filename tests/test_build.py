@@ -156,6 +156,19 @@ def test_no_compiler_is_one_line(project, tmp_path):
     assert "cpu: no kernels yet; no C++ compiler found" in said
 
 
+def test_a_compiler_of_another_name_is_what_torch_will_call(monkeypatch, tmp_path):
+    """torch calls c++ where CXX names none: here there is only a clang++."""
+    for name in ("clang++", "cc", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX", "LDSHARED"):  # set first, so that what use_compiler sets is undone at the end
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    build.use_compiler()
+    assert os.environ["CXX"] == "clang++"
+
+
 def test_windows_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(build.CannotBuild, match="not written for Windows: work in WSL, or leave --fused out"):

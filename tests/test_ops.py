@@ -690,7 +690,11 @@ def test_statistics_are_not_differentiable(device):
         ),
         ({"x": torch.ones(6)}, "x must be"),
         ({"weight": torch.ones(5)}, r"weight must have shape \(4,\).*got \(5\)"),
-        ({"weight": torch.ones(4, dtype=torch.float64)}, "weight must be Float like x"),
+        ({"weight": torch.ones(4, dtype=torch.float64)}, "weight must be Float like x; got Double: cast it"),
+        (
+            {"x": torch.ones(6, 4).half(), "bias": torch.ones(4).double()},
+            "bias must be Half like x or Float; got Double",
+        ),
         ({"running_var": None}, "both running_mean and running_var"),
         ({"running_mean": None, "running_var": None, "training": False}, "eval mode needs"),
         ({"groups": 4}, "groups must divide the batch of 6; got groups = 4"),
@@ -722,6 +726,13 @@ def test_sn_errors(device):
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.spectral_norm(*args, 1e-12, True)
+
+
+def test_gradients_of_two_dtypes_are_named(device):
+    weights, us, vs = iteration_state([(4, 3, 2, 2), (5, 7)], device)
+    grads = [torch.ones_like(weights[0]), torch.ones_like(weights[1]).bfloat16()]
+    with pytest.raises(RuntimeError, match="all gradients must have one dtype; got Float and BFloat16"):
+        torch.ops.dcgan.spectral_norm_backward(grads, weights, us, vs, torch.ones(2, device=device))
 
 
 def test_other_devices_are_named():

@@ -212,9 +212,10 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
     for more in ([], ["--raw"]):
         QUALITY["main"](["score", c.run, *where, "--fakes", "20", *more])
     QUALITY["main"](["score", f"{c.run}/snapshots/generator_000006.pt", *where, "--fakes", "20"])
-    names = ("run", "run_without_EMA", "run_generator_000006")
-    a, b, same = (json.loads((tmp_path / "quality" / f"{name}.json").read_text()) for name in names)
-    assert same["fid"] == a["fid"]
+    QUALITY["main"](["score", f"{c.run}/checkpoint.pt", *where, "--fakes", "20", "--raw"])
+    names = ("run", "run_without_EMA", "run_generator_000006", "run_checkpoint")
+    a, b, same, raw = (json.loads((tmp_path / "quality" / f"{name}.json").read_text()) for name in names)
+    assert same["fid"] == a["fid"] and raw["fid"] == b["fid"]
     assert a["weights"] == "EMA 0.9" and b["weights"] == "G" and a["fid"] != b["fid"]
     assert a["floor"]["pictures"] == 12 and a["nearest"]["suspects"] <= 1
     assert a["fingerprint"] == b["fingerprint"] and a["fingerprint"]["reals"] == 24 and a["pictures"] == 24
@@ -231,6 +232,8 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
 def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
     """`all` writes command lines that dcgan.py reads, on the right pictures, each row as long as the others."""
     trained, scored, argv = [], [], ["all", "--faces", "f.zip", "--mnist", "m", "--seeds", "7", "--weights"]
+    with pytest.raises(SystemExit, match="need --mnist"):  # no row that is asked for is left out without a word
+        QUALITY["main"](["all", "--faces", "f.zip", "--rows", "best", "mnist", "--weights", __file__])
     with pytest.raises(SystemExit, match="no .*w.pth"):  # before anything is trained
         QUALITY["main"]([*argv, str(tmp_path / "w.pth")])
     (tmp_path / "w.pth").touch()
