@@ -649,6 +649,14 @@ def test_no_room_for_a_checkpoint_is_not_called_damage(small, run_main, monkeypa
     assert "not enough memory" in line and "2.00 GiB" in line and "damaged" not in line
 
 
+def test_generate_in_bf16_draws_in_bf16(trained, run_main, tmp_path):
+    out, G, z = tmp_path / "g.png", dcgan.load_generator(trained.folder), dcgan.latent(range(9), 8)
+    words = ["--seeds", "0-8", "--precision", "bf16", "--out", out, "--device", "cpu"]
+    assert run_main("generate", trained.folder, *words).code == 0
+    expected = [T.pil_to_tensor(dcgan.grid(dcgan.draw(G, z, "cpu", how))) for how in ("bf16", "fp32")]
+    assert torch.equal(pixels(out), expected[0]) and not torch.equal(*expected)
+
+
 # ---------------------------------------------------------------------------------------- import
 
 

@@ -100,8 +100,8 @@ class StandIn:
 
     def __init__(self, step):
         self.plain, self.calls = step, []
-        stream = types.SimpleNamespace(wait_stream=lambda other: None)
-        self.Stream, self.current_stream = (lambda: stream), (lambda: stream)
+        here, side = (types.SimpleNamespace(name=name, wait_stream=lambda other: None) for name in ("here", "side"))
+        self.Stream, self.current_stream = (lambda: side), (lambda: here)
         self.stream = self.device = contextlib.nullcontext
         self.CUDAGraph, self.streams_set = (lambda: self), []
         self.breaks = True

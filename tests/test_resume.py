@@ -283,7 +283,7 @@ def test_pictures_that_were_moved_can_be_named_anew(arguments, tmp_path, data, c
 
 
 def test_the_options_that_may_change_do(arguments, tmp_path):
-    """All of DESIGN §3: lengths, time limit, device, precision, fused, workers and intervals."""
+    """Lengths, time limit, device, precision, fused, workers, intervals: the names of all, new values of most."""
     promised = "epochs steps time_limit device precision fused workers sample_every report_every save_every keep cache"
     assert set(promised.split()) <= dcgan.MAY_CHANGE
     assert dcgan.main(arguments(tmp_path / "run", OFTEN, "--steps 4")) == 0
@@ -297,6 +297,25 @@ def test_the_options_that_may_change_do(arguments, tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["precision"] == "bf16" and config["run"] == str(run)
     assert len(list((run / "snapshots").iterdir())) == 1
+
+
+def test_a_resumed_run_keeps_its_precision_unless_auto_is_given(arguments, tmp_path, monkeypatch):
+    run, has = tmp_path / "run", ["fp32"]  # what the hardware has
+    monkeypatch.setattr(dcgan, "choose_precision", lambda name, device: has[0] if name == "auto" else name)
+    assert dcgan.main(arguments(run, "--steps 1 --precision auto")) == 0
+    has[0] = "bf16"  # another machine
+    for steps, more, expected in (("2", [], "fp32"), ("3", ["--precision", "auto"], "bf16")):
+        assert dcgan.main(["--run", str(run), "--resume", "--steps", steps, *more]) == 0
+        assert dcgan.load(run / "checkpoint.pt")["config"].precision == expected
+
+
+def test_without_save_every_there_is_a_checkpoint_every_two_minutes(arguments, tmp_path, monkeypatch):
+    now, saves, step, save = [0.0], [], dcgan.train_step, dcgan.save_run
+    monkeypatch.setattr(dcgan, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
+    monkeypatch.setattr(dcgan, "train_step", lambda *a: now.__setitem__(0, now[0] + 50) or step(*a))
+    monkeypatch.setattr(dcgan, "save_run", lambda run: saves.append(run.step) or save(run))
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 8")) == 0
+    assert saves == [3, 6, 8]
 
 
 def test_a_preset_is_kept_whatever_the_default_of_the_next_start_would_be(arguments, tmp_path):
