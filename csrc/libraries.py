@@ -56,7 +56,7 @@ def load(kind):
 
 
 def status() -> list[str]:
-    """-> up to three lines for each library: what is there and whence, or why not and what to do.  Builds nothing."""
+    """-> up to three lines for each library: what is there, from where, or why not and what to do.  Builds nothing."""
     lines = []
     for kind in build.SOURCES:
         path, old = find(kind)

@@ -130,6 +130,19 @@ def run_main(capfd):
     return call
 
 
+def load_kernels(ops, device):
+    """ops.load, but the test skips where a tool for it is missing; sources that do not compile are a failure."""
+    try:
+        ops.build.check_torch()
+        if not ops.libraries.find(device)[0]:
+            ops.build.find_compiler()
+            if device == "cuda":
+                ops.build.find_cuda()
+    except ops.build.CannotBuild as why:
+        pytest.skip(f"no fused kernels: {why}")
+    ops.load(device)
+
+
 def real_data(name):
     """-> the path of a real data file or folder, or the test skips: none of it may be kept in the project."""
     places = [os.environ.get("DCGAN_TEST_DATA"), ROOT.parent / "shared" / "data"]

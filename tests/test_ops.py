@@ -12,6 +12,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_kernels
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import spectral_norm as parametrize
@@ -27,11 +28,7 @@ D_WEIGHTS = [(64, 3, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (512, 256, 4, 4),
 
 @pytest.fixture(scope="module", params=["cpu", CUDA])
 def device(request):
-    try:
-        ops.build.check_torch(), ops.libraries.find("cpu")[0] or ops.build.find_compiler()
-    except ops.build.CannotBuild as why:  # a tool that is missing; sources that do not compile are a failure
-        pytest.skip(f"no fused kernels: {why}")
-    ops.load(request.param)
+    load_kernels(ops, request.param)
     return request.param
 
 
@@ -632,7 +629,7 @@ def test_u_and_v_advance_once_per_training_forward(device):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_same_bits_for_any_number_of_threads(threads):
-    ops.load("cpu")
+    load_kernels(ops, "cpu")
     x = channels_last(torch.randn(128, 64, 16, 16))
     weights, us, vs = iteration_state(D_WEIGHTS, "cpu")
     before = torch.get_num_threads()
@@ -751,7 +748,7 @@ def test_other_devices_are_named():
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device here")
 class TestCuda:
     def setup_method(self):
-        ops.load("cuda")
+        load_kernels(ops, "cuda")
 
     def capture(self, layout, seed):
         torch.manual_seed(seed)
