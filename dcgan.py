@@ -14,8 +14,11 @@ Two networks play a game [1].  G turns noise z into a picture; D tells real pict
 the probability that D gives to x being real.  D maximises log D(x) + log(1 - D(G(z))), G maximises log D(G(z)).
 
 Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
-`logits` are D before its sigmoid.  Read from top to bottom: no code uses anything further down.
-The heart of it is two sections: the networks, and the game.
+`logits` are D before its sigmoid; in docstrings `-> x` means that x is returned.
+
+From top to bottom: the options, the two ops that have fused kernels, the networks and the game that they play; then
+what feeds it (data), saves it, draws from it and runs it.  New to GANs?  Begin with `train_step`.  No code uses
+anything further down.
 
  [1] Goodfellow et al. 2014, Generative adversarial nets, arXiv:1406.2661
  [2] Radford, Metz, Chintala 2015, DCGAN: the networks and their first weights, arXiv:1511.06434
@@ -72,7 +75,7 @@ from tqdm import tqdm
 FORMAT = 1  # of checkpoints and caches: a file of another format is refused, never guessed at
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them this is: as torchrun sets them
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
-BELOW_1 = 1 - 1e-9
+BELOW_1 = 1 - 1e-9  # for options that can be less than 1, not 1
 NO_FOUND_INF = {"mps"}  # devices whose fused Adam refuses or ignores found_inf in some releases of torch
 TOO_LARGE = "not enough memory on the device: begin another run with a smaller --batch-size or --image-size"
 
@@ -179,7 +182,7 @@ class Config:
     max_bad: float = opt(0.01, "more unreadable pictures than this share stop the start", high=1)
     download: str = opt("", "fetch into --data with torchvision", choices=["", "celeba", "mnist"])
 
-    given = frozenset()  # no option: the names of those that config was given
+    given = frozenset()  # no annotation, so no option: the names of those that were set explicitly
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -200,7 +203,7 @@ def config(preset="classic", **overrides):
     """-> the Config of a preset with some values set otherwise.  Raises UserError for a wrong name or value."""
     for name in overrides.keys() - FIELDS.keys():
         raise UserError(f"there is no option {name!r}; there are {', '.join(FIELDS)}")
-    lengths = {"steps": 0} if "epochs" in overrides else {}  # epochs that are asked for, not the preset's steps
+    lengths = {"steps": 0} if "epochs" in overrides else {}  # asking for epochs overrides a preset's steps
     c = Config(**{**PRESETS.get(preset, {}), **lengths, **overrides, "preset": preset})
     for f in FIELDS.values():
         value, m = getattr(c, f.name), f.metadata
@@ -218,8 +221,354 @@ def config(preset="classic", **overrides):
 
 
 def saved_config(values):
-    """-> the Config that a file holds.  An option that is younger than the file is at its default, not its preset's."""
+    """-> the Config that a file holds.  An option newer than the file is at its default, not its preset's."""
     return config(**dataclasses.asdict(Config()) | values)
+
+
+# ---------------------------------------------------------------------------------------- the two ops
+# In plain PyTorch, as the specification of the fused ones: same names, same arguments, same numbers.
+
+
+def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum, eps, slope, groups=1):
+    """leaky_relu(batch_norm(x), slope) for x (N, C) or (N, C, H, W), in its shape and dtype [4]; slope 0 is ReLU.
+    In training each of `groups` equal parts of the batch has statistics of its own: D takes real and fake pictures at
+    once, as two parts.  The running statistics move by each part in turn."""
+    parts = x.chunk(groups) if training else [x]
+    y = [F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps) for part in parts]
+    return F.leaky_relu(torch.cat(y) if len(y) > 1 else y[0], slope, inplace=True)
+
+
+def spectral_norm(weights, us, vs, eps, update):
+    """-> [W / sigma] for weights of any shape, each seen as a matrix (out, rest); sigma = u'Wv nears its largest
+    singular value [3].  With `update` a power iteration first moves u (out,) and v (rest,), in place."""
+    normalized = []
+    for weight, u, v in zip(weights, us, vs, strict=True):
+        with torch.autocast(weight.device.type, enabled=False):  # bf16 would blur sigma
+            matrix = weight.flatten(1)
+            if update:
+                with torch.no_grad():
+                    u.copy_(F.normalize(matrix @ v, dim=0, eps=eps))
+                    v.copy_(F.normalize(matrix.T @ u, dim=0, eps=eps))
+            sigma = torch.dot(u.clone(), matrix @ v.clone())  # clones: the next forward may precede this backward
+            normalized.append(weight / sigma)
+    return normalized
+
+
+# a namespace, as a module cannot be copied: networks are deep-copied with the ops that they hold
+PLAIN = types.SimpleNamespace(bn_leaky_relu=bn_leaky_relu, spectral_norm=spectral_norm)
+
+
+# ---------------------------------------------------------------------------------------- the networks
+# A network is a list of rows, a family a way to write them.
+
+
+class Row(typing.NamedTuple):
+    kind: str  # "dense", "conv", or "up", a transposed convolution
+    channels: int  # that come out; a dense row gives (channels, kernel, kernel)
+    kernel: int = 4
+    stride: int = 2
+    padding: int = 1
+    bias: bool = False
+    bn: bool = False
+    activation: str = "leaky_relu"
+    dropout: float = 0.0
+    dropout2d: float = 0.0
+
+
+def rows_g(c):
+    """The rows of G, from z (N, nz) to pictures (N, nc, H, W)."""
+    n, base = halvings(c)
+    if c.family in ("dcgan", "fine"):  # [2]: transposed convolutions all the way, from z as a picture of 1 x 1
+        first = Row("up", c.ngf << (n - 1), base, 1, 0, bn=True, activation="relu")
+        middle = [Row("up", c.ngf << i, bn=True, activation="relu") for i in reversed(range(n - 1))]
+        if c.family == "dcgan":
+            return [first, *middle, Row("up", c.nc, activation="tanh")]
+        last = Row(
+            "up", (c.ngf + 1) // 2, bn=True, activation="relu"
+        )  # at full size, but features: a 3x3 layer makes pixels of them
+        return [first, *middle, last, Row("conv", c.nc, 3, 1, 1, activation="tanh")]
+    if c.family == "keras":  # wider as the picture grows
+        first = Row("dense", c.ngf, base, bias=True, activation="none")
+        middle = [Row("up", c.ngf << i, bias=True) for i in range(n)]
+        return [first, *middle, Row("conv", c.nc, 5, 1, 2, bias=True, activation="sigmoid")]
+    first = Row("dense", 4 * c.ngf, base, bn=True)
+    second = Row("up", 2 * c.ngf, 5, 1, 2, bn=True)
+    middle = [Row("up", c.ngf, 5, 2, 2, bn=True) for _ in range(n - 1)]
+    return [first, second, *middle, Row("up", c.nc, 5, 2, 2, activation="tanh")]
+
+
+def rows_d(c):
+    """The rows of D, from pictures (N, nc, H, W) to one logit each."""
+    n, base = halvings(c)
+    drop = dict(dropout=c.dropout, dropout2d=c.dropout2d)
+    if c.family in ("dcgan", "fine"):  # [2]: BatchNorm everywhere but in the first and last
+        hidden = [Row("conv", c.ndf << i, bn=i > 0 or c.family == "fine", **drop) for i in range(n)]
+        if c.family == "fine":  # it looks at every pixel before it halves
+            hidden.insert(0, Row("conv", (c.ndf + 1) // 2, 3, 1, 1, **drop))
+            if base > 4:  # one more halving, or each of base x base features sees only its surroundings
+                hidden.append(Row("conv", c.ndf << n, 3, 2, 1, bn=True, **drop))
+                base = (base + 1) // 2
+        return [*hidden, Row("conv", 1, base, 1, 0, activation="none")]
+    if c.family == "keras":  # features are dropped only once, before the dense layer
+        hidden = [Row("conv", c.ndf << min(i, 1), bias=True, dropout2d=c.dropout2d) for i in range(n)]
+        hidden[-1] = hidden[-1]._replace(dropout=c.dropout)
+    else:
+        hidden = [Row("conv", c.ndf << i, 5, 2, 2, bias=True, **drop) for i in range(n)]
+    return [*hidden, Row("dense", 1, 1, bias=True, activation="none")]
+
+
+class Block(nn.Module):
+    """One row: a dense layer, convolution or transposed convolution, then BatchNorm, the activation and dropout.
+    Where it is modulated, z scales the channels that enter [11]."""
+
+    def __init__(self, row, channels, c, ops, modulated=False):
+        super().__init__()
+        self.row, self.ops, self.slope = row, ops, {"relu": 0.0, "leaky_relu": c.slope}.get(row.activation)
+        out, k, s, p = row.channels, row.kernel, row.stride, row.padding
+        layer = "dense" if row.kind == "dense" else f"{row.kind} {k}x{k}, stride {s}"
+        words = ["scaled by z" if modulated else "none", layer, "BatchNorm" if row.bn else "none", row.activation]
+        self.label = ", ".join(word for word in words if word != "none")
+        features = out  # those that BatchNorm has statistics of
+        if row.kind == "dense":
+            features, self.shape = out * k * k, (out, k, k)
+            self.layer = nn.Linear(channels, features, row.bias)
+        elif row.kind == "conv":
+            self.layer = nn.Conv2d(channels, out, k, s, p, bias=row.bias)
+        else:  # output_padding: so that a stride of 2 doubles the picture exactly
+            self.layer = nn.ConvTranspose2d(channels, out, k, s, p, max(0, s + 2 * p - k), bias=row.bias)
+        # it holds weights and statistics; what is called is ops.bn_leaky_relu
+        self.bn = nn.BatchNorm2d(features, c.bn_eps, c.bn_momentum) if row.bn else None
+        # weights: normal(0, 0.02) [2], or Glorot's as Keras draws them [10]; BatchNorm's too, where init is dcgan
+        if c.init == "keras":
+            nn.init.xavier_uniform_(self.layer.weight)
+        else:
+            nn.init.normal_(self.layer.weight, 0, 0.02)
+        if row.bias:
+            nn.init.zeros_(self.layer.bias)
+        if row.bn and c.init == "dcgan":
+            nn.init.normal_(self.bn.weight, 1, 0.02)
+        self.scale = nn.Linear(c.nz, channels, bias=False) if modulated else None
+        if modulated:
+            nn.init.normal_(self.scale.weight, 0, 0.02)
+
+    def forward(self, x, weight=None, groups=1, z=None):
+        """x (N, C, H, W); z (N, nz); `groups` as in bn_leaky_relu; `weight` replaces that of a dense or conv layer."""
+        row, layer, bn = self.row, self.layer, self.bn
+        weight = layer.weight if weight is None else weight
+        if self.scale is not None:
+            x = x * (1 + self.scale(z))[:, :, None, None]
+        if row.kind == "dense":
+            x = F.linear(x.flatten(1), weight, layer.bias)
+        elif row.kind == "conv":
+            x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+        elif x.shape[-1] == 1:  # up from 1 x 1: a matmul does it
+            x = torch.tensordot(x.flatten(1), weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
+        else:
+            x = layer(x)
+        if bn is not None:
+            state = bn.running_mean, bn.running_var, self.training, bn.momentum, bn.eps
+            x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *state, self.slope, groups)
+        elif self.slope is not None:
+            x = F.leaky_relu(x, self.slope)
+        elif row.activation != "none":  # of pictures, so in fp32 under autocast, too
+            x = getattr(torch, row.activation)(x.to(torch.promote_types(x.dtype, torch.float32)))
+        x = x.unflatten(1, self.shape) if row.kind == "dense" else x  # (N, C * k * k) -> (N, C, k, k)
+        x = F.dropout(x, row.dropout, self.training)
+        return F.dropout2d(x, row.dropout2d, self.training)
+
+
+class Generator(nn.Module):
+    """z (N, nz) -> pictures (N, nc, H, W), float32 in [-1, 1]; the keras family ends in a sigmoid: in [0, 1]."""
+
+    def __init__(self, c, ops=PLAIN):
+        super().__init__()
+        self.config, self.blocks, channels = c, nn.ModuleList(), c.nz
+        for i, row in enumerate(rows_g(c)):
+            self.blocks.append(Block(row, channels, c, ops, modulated=i > 0 and c.self_modulation))
+            channels = row.channels
+
+    def forward(self, z):
+        x = z[:, :, None, None]  # z as a picture of 1 x 1: (N, nz, 1, 1)
+        for block in self.blocks:
+            x = block(x, z=z)
+        return x
+
+
+def augment(x, p):
+    """Pictures (N, nc, H, H), p () -> such pictures, each with probability p turned by up to 14 degrees, shifted by up
+    to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
+    n, size, like = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
+    on = (torch.rand(n, 1, 1, **like) < p).to(x.dtype)
+    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on
+    scale = torch.exp(torch.randn(n, 1, 1, **like) * 0.15 * on)
+    dx, dy = (torch.rand(2, n, 1, 1, **like) - 0.5) * (size / 4) * on
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    i = torch.arange(size, **like) - (size - 1) / 2  # pixels, from the centre
+
+    def neighbours(place):  # along one axis: the two pixels that a place lies between, and the share of the second
+        place = (place + size / 2).remainder(2 * size)
+        place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
+        low = place.floor()
+        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]
+
+    def at(row, column):
+        where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+        return x.flatten(2).gather(2, where).unflatten(2, (size, size))
+
+    # where in x each pixel comes from, so that the picture moves the other way; between pixels bilinear, as
+    # F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
+    y0, y1, way_y = neighbours(sin * i + cos * i[:, None] + dy)
+    x0, x1, way_x = neighbours(cos * i - sin * i[:, None] + dx)
+    x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
+    on = (torch.rand(n, 1, 1, 1, **like) < p).to(x.dtype)
+    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **like) * on for std in (0.4, 0.2, 0.2))
+    grey = x.mean(1, keepdim=True)
+    x = (grey + (x - grey) * saturation.exp()) * contrast.exp() + light
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Discriminator(nn.Module):
+    """Pictures (N, nc, H, W) -> logits (N,).  Several mini-batches go through in one pass, each with BatchNorm
+    statistics of its own, as D(torch.cat([real, fake]), groups=2).
+
+    Where c.augment, all that it sees in training is augmented, real and fake, with a probability p that rises while D
+    is too sure of real pictures, so that it cannot learn a small data set by heart [12].  p begins at 0, and stays
+    below 1, or G would learn to draw augmented ones.  It moves on D's turn only: where groups is 2, the first half
+    real."""
+
+    TARGET, MOST = 0.5, 0.8  # the mean sign of the logits of real pictures that p is steered to; the largest p
+    SLOW = 50_000  # real pictures in which p would go from 0 to 1
+
+    def __init__(self, c, ops=PLAIN):
+        super().__init__()
+        self.config, self.ops, self.blocks, channels = c, ops, nn.ModuleList(), c.nc
+        for row in rows_d(c):
+            features = channels * halvings(c)[1] ** 2  # of pictures of base x base
+            self.blocks.append(Block(row, features if row.kind == "dense" else channels, c, ops))
+            channels = row.channels
+        for block in self.blocks if c.spectral_norm else []:
+            weight = block.layer.weight.detach()
+            block.register_buffer("u", F.normalize(torch.randn(len(weight)), dim=0))
+            block.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
+            for _ in range(15):  # as torch.nn.utils.parametrizations.spectral_norm begins
+                spectral_norm([weight], [block.u], [block.v], 1e-12, update=True)
+        if c.augment:
+            self.register_buffer("p", torch.zeros(()))
+            self.register_buffer("sure", torch.zeros(()))  # the moving mean that is steered to TARGET
+
+    def forward(self, x, groups=1):
+        augmented = self.config.augment and self.training
+        x = augment(x, self.p) if augmented else x
+        weights = [block.layer.weight for block in self.blocks]
+        if self.config.spectral_norm:
+            us, vs = [block.u for block in self.blocks], [block.v for block in self.blocks]
+            weights = self.ops.spectral_norm(weights, us, vs, 1e-12, self.training)
+        for block, weight in zip(self.blocks, weights, strict=True):
+            x = block(x, weight, groups)
+        logits = x.flatten().to(torch.promote_types(x.dtype, torch.float32))
+        if augmented and groups == 2:
+            with torch.no_grad():
+                sign = logits[: len(x) // 2].sign().mean()
+                if WORLD > 1:  # so that all have one p, which the checkpoint of the first can hold
+                    dist.all_reduce(sign)
+                self.sure += 0.005 * (sign / WORLD - self.sure)
+                self.p += torch.sign(self.sure - self.TARGET) * (self.config.batch_size / self.SLOW)
+                self.p.clamp_(0, self.MOST)
+        return logits
+
+
+# ---------------------------------------------------------------------------------------- the game
+
+
+def apply_gradients(optimizer, loss, good):
+    """Adam's step where `good` and the loss and all gradients are finite -> whether so, a bool on the device.
+    Over many processes losses and gradients are averaged first, so that all decide and move alike."""
+    grads = [p.grad for p in optimizer.param_groups[0]["params"]]
+    loss = torch.where(good, loss.detach(), math.nan)  # one that is nan makes the mean of all processes nan
+    if WORLD > 1:  # all in one, for each all_reduce costs its delay
+        flat = torch.cat([loss.view(1), *[g.flatten() for g in grads]])
+        dist.all_reduce(flat)
+        loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
+        torch._foreach_copy_(grads, [mean.view(g.shape) for mean, g in zip(means, grads, strict=True)])
+    good = torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
+    on_device = good.device.type not in NO_FOUND_INF
+    optimizer.found_inf = (~good).float() if on_device else None  # how GradScaler tells a fused Adam to change nothing
+    if on_device or good:
+        optimizer.step()
+    optimizer.zero_grad()
+    return good
+
+
+@torch.no_grad()
+def average(ema, G, weight):
+    """Move all weights and running statistics of ema by `weight`, a number or tensor, of the way to those of G [8]."""
+    old, new = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G))
+    way = torch._foreach_sub(new, old)
+    torch._foreach_mul_(way, weight)
+    torch._foreach_add_(old, way)
+
+
+METRICS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # of one step; the first four go to log.jsonl, as means
+
+
+def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
+    """One update of D and one of G -> METRICS, (6,) on the device.  Shapes: draw_inputs.  Where update is reuse, and
+    without what guards it, a step is
+
+        fake = G(z)
+        loss_d = bce(D(real), 1) + bce(D(fake.detach()), 0)   # then a step of opt_d; detach: G learns nothing from it
+        loss_g = bce(D(fake), 1)                              # then a step of opt_g: G wants its fakes called real
+
+    With fresh, G draws other fakes for its turn; with simultaneous, both losses come before both updates.
+
+    The guard: a loss, gradient or buffer that is not finite must change nothing, so `good` says on the device whether
+    all was finite so far.  If not, that update and those after it are skipped; bad is 1, all else 0.  No `if` on a
+    tensor here: it would wait for the device.  A CUDA graph runs this Python only once: to print, use --no-graph."""
+    at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
+    bce = F.binary_cross_entropy_with_logits
+    good = torch.isfinite(real).all() & torch.isfinite(z).all()
+    bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
+    precision = functools.partial(torch.autocast, real.device.type, **bf16)
+    buffers = [b for net in (G, D) for b in net.buffers() if b.is_floating_point()]  # running statistics, u and v
+    before = [b.clone() for b in buffers]  # forward passes move them; put back below if the step is bad
+
+    ##########################################################################
+    # (1) Update D: maximise log D(x) + log(1 - D(G(z)))
+    ##########################################################################
+    with precision():
+        with torch.set_grad_enabled(not fresh):  # fresh: G draws others for its turn, these need no graph
+            fake = G(z[0])
+        both = torch.cat([real + noise[0], (fake if at_once else fake.detach()) + noise[1]])
+        logits_real, logits_fake = D(both, groups=2).chunk(2)  # two mini-batches in one pass
+    loss_real = bce(logits_real, torch.full_like(logits_real, c.real_label))
+    loss_fake = bce(logits_fake, torch.zeros_like(logits_fake))
+    loss_d = (loss_real + loss_fake) / (2 if c.loss == "mean" else 1)
+    loss_d.backward(inputs=list(D.parameters()), retain_graph=at_once)  # at once: loss_g needs the same graph
+    if not at_once:
+        good = apply_gradients(opt_d, loss_d, good)
+
+    ##########################################################################
+    # (2) Update G: maximise log D(G(z))
+    ##########################################################################
+    if not at_once:  # against the new D; at once: G learns from D's pass above, the same weights and dropout
+        D.requires_grad_(False)  # its weights need no gradient here, and none is computed
+        with precision():
+            fake = G(z[1]) if fresh else fake
+            logits_fake = D(fake + noise[2])
+        D.requires_grad_(True)
+    loss_g = bce(logits_fake, torch.ones_like(logits_fake))  # not log(1 - D): flat where D is sure of its fakes [1]
+    loss_g.backward(inputs=list(G.parameters()))
+    if buffers:  # a variance can overflow where the loss and the gradients do not
+        good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
+    if at_once:
+        good = apply_gradients(opt_d, loss_d, good)
+    good = apply_gradients(opt_g, loss_g, good)
+    for now, old in zip(buffers, before, strict=True):
+        now.copy_(torch.where(good, now, old))
+    if ema is not None:
+        average(ema, G, ema_weight * good)
+    metrics = torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
+    return torch.cat([torch.where(good, metrics, 0.0), torch.stack([good, ~good]).to(metrics.dtype)])
 
 
 # ---------------------------------------------------------------------------------------- small tools
@@ -247,7 +596,7 @@ def progress(total, what, unit, initial=0):
 
 @contextlib.contextmanager
 def explained(what, *errors):
-    """Errors of these kinds, and a device that is full, become one line: what that means for the user, and in brackets
+    """Turn these errors, and a full memory, into a UserError of one line: `what` it means for the user, and in brackets
     what the error says."""
     try:
         yield
@@ -261,7 +610,8 @@ def explained(what, *errors):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A binary file that gets its name when all of it is on the disk: there is always the old one or the new one."""
+    """with written_whole(path) as file: an atomic write.  The binary file gets its name when all of it is on the disk:
+    there is always the old one or the new one."""
     half = path.with_name(f".{path.name}.half")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +630,7 @@ def written_whole(path):
 # ---------------------------------------------------------------------------------------- data
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-OTHERS = {".heic", ".heif", ".avif", ".jxl", ".jp2"}  # pictures, too, that cannot be read: counted and named
+UNREADABLE = {".heic", ".heif", ".avif", ".jxl", ".jp2"}  # pictures in formats that are not read: counted and named
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, some by running other programs
 DRAWN = 8192  # faces in the built-in data set
 
@@ -350,7 +700,7 @@ def file_info(path):
 
 
 def list_files(root):
-    """-> the names of all files in all of root but runs, which hold pictures of their own, sorted.  Opens none."""
+    """-> the sorted names of all files below root, without those of run folders: samples are no data.  Opens none."""
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, onerror=lambda e: say(f"left out: {e}"), followlinks=True):
         if os.path.realpath(folder) in seen or {"config.json", "log.jsonl"} <= set(names):  # a link that loops, a run
@@ -369,7 +719,7 @@ def decode(picture, c):
     if picture.format in ("JPEG", "MPO"):  # comes at 1/2, 1/4 or 1/8 where that is large enough: up to 4 times as fast
         picture.draft(mode, (c.image_size, c.image_size))
     picture.load()  # raises where its pixels are damaged, some formats only the first time
-    with contextlib.suppress(Exception):  # what is said about a sound picture may be damaged
+    with contextlib.suppress(Exception):  # a sound picture with damaged EXIF is still a picture
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
         x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
@@ -415,7 +765,7 @@ class Pictures(torch.utils.data.Dataset):
         what = f"--data {self.root} is no folder, .zip or idx file; give one"
         with explained(what, zipfile.BadZipFile, NotImplementedError, ValueError):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
-        kinds = SUFFIXES | OTHERS
+        kinds = SUFFIXES | UNREADABLE
         pictures = [name for name in files if os.path.splitext(name)[1].lower() in kinds]
         pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
         if not pictures:
@@ -461,7 +811,9 @@ def decode_all(pictures, c, array, index):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
-    batches = iter(torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags))  # the workers begin here
+    batches = iter(
+        torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags)
+    )  # workers begin here, so that their errors are not the disk's
     left_out = []
     with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
         for batch in batches:
@@ -486,7 +838,7 @@ def load_pictures(c):
     pictures, cache = Pictures(c), Path(c.cache)
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".lock"):  # one process decodes; a dead one lets go
+    with FileLock(cache / ".lock"):  # one process decodes; the lock of a dead one is free
         found = read_index(array, index)
         if not found:
             for half in cache.glob(".*.half"):  # of one that was killed
@@ -538,281 +890,6 @@ def download(name, root):
     return root
 
 
-# ---------------------------------------------------------------------------------------- the two ops
-# In plain PyTorch, as the specification of the fused ones: same names, same arguments, same numbers.
-
-
-def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum, eps, slope, groups=1):
-    """leaky_relu(batch_norm(x), slope) for x (N, C) or (N, C, H, W), in its shape and dtype [4]; slope 0 is ReLU.
-    In training each of `groups` equal parts of the batch has statistics of its own, the running ones move in order."""
-    parts = x.chunk(groups) if training else [x]
-    y = [F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps) for part in parts]
-    return F.leaky_relu(torch.cat(y) if len(y) > 1 else y[0], slope, inplace=True)
-
-
-def spectral_norm(weights, us, vs, eps, update):
-    """-> [W / sigma] for weights of any shape, each seen as a matrix (out, rest); sigma = u'Wv nears its largest
-    singular value [3].  With `update` a power iteration first moves u (out,) and v (rest,), in place."""
-    normalized = []
-    for weight, u, v in zip(weights, us, vs, strict=True):
-        with torch.autocast(weight.device.type, enabled=False):  # bf16 would blur sigma
-            matrix = weight.flatten(1)
-            if update:
-                with torch.no_grad():
-                    u.copy_(F.normalize(matrix @ v, dim=0, eps=eps))
-                    v.copy_(F.normalize(matrix.T @ u, dim=0, eps=eps))
-            sigma = torch.dot(u.clone(), matrix @ v.clone())  # clones: the next forward may precede this backward
-            normalized.append(weight / sigma)
-    return normalized
-
-
-# a namespace, as a module cannot be copied: networks are deep-copied with the ops that they hold
-PLAIN = types.SimpleNamespace(bn_leaky_relu=bn_leaky_relu, spectral_norm=spectral_norm)
-
-
-def fused_ops():
-    """-> the module of the fused ops: dcgan_ops where it is installed, else csrc/ beside this file."""
-    for name in ("dcgan_ops", "csrc"):
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(name)
-            if hasattr(module, "bn_leaky_relu"):  # not some other csrc
-                return module
-    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused out")
-
-
-def choose_ops(fused, device):
-    """-> PLAIN, or the fused ops, ready for the device: the one place where they come in.  Never a silent fallback."""
-    if not fused:
-        return PLAIN
-    ops = fused_ops()
-    with explained("--fused", ops.Unavailable):
-        ops.load(device)
-    return types.SimpleNamespace(bn_leaky_relu=ops.bn_leaky_relu, spectral_norm=ops.spectral_norm)
-
-
-def choose_graphed(c, device):
-    """-> graphed of csrc/ where a step can be one CUDA graph, else None.  Launched one by one, its kernels wait."""
-    if c.graph and not c.compile and device.type == "cuda" and WORLD == 1:
-        with contextlib.suppress(UserError):  # dcgan.py stands alone
-            return getattr(fused_ops(), "graphed", None)
-    return None
-
-
-# ---------------------------------------------------------------------------------------- the networks
-# A network is a list of rows, a family a way to write them.
-
-
-class Row(typing.NamedTuple):
-    kind: str  # "dense", "conv", or "up", a transposed convolution
-    channels: int  # those that come out; of a dense row as pictures of kernel x kernel
-    kernel: int = 4
-    stride: int = 2
-    padding: int = 1
-    bias: bool = False
-    bn: bool = False
-    activation: str = "leaky_relu"
-    dropout: float = 0.0
-    dropout2d: float = 0.0
-
-
-def rows_g(c):
-    """The rows of G, from z (N, nz) to pictures (N, nc, H, W)."""
-    n, base = halvings(c)
-    if c.family in ("dcgan", "fine"):  # [2]: transposed convolutions all the way, from z as a picture of 1 x 1
-        first = Row("up", c.ngf << (n - 1), base, 1, 0, bn=True, activation="relu")
-        middle = [Row("up", c.ngf << i, bn=True, activation="relu") for i in reversed(range(n - 1))]
-        if c.family == "dcgan":
-            return [first, *middle, Row("up", c.nc, activation="tanh")]
-        last = Row("up", (c.ngf + 1) // 2, bn=True, activation="relu")  # then pixels are made of channels of their size
-        return [first, *middle, last, Row("conv", c.nc, 3, 1, 1, activation="tanh")]
-    if c.family == "keras":  # wider as the picture grows
-        first = Row("dense", c.ngf, base, bias=True, activation="none")
-        middle = [Row("up", c.ngf << i, bias=True) for i in range(n)]
-        return [first, *middle, Row("conv", c.nc, 5, 1, 2, bias=True, activation="sigmoid")]
-    first = Row("dense", 4 * c.ngf, base, bn=True)
-    second = Row("up", 2 * c.ngf, 5, 1, 2, bn=True)
-    middle = [Row("up", c.ngf, 5, 2, 2, bn=True) for _ in range(n - 1)]
-    return [first, second, *middle, Row("up", c.nc, 5, 2, 2, activation="tanh")]
-
-
-def rows_d(c):
-    """The rows of D, from pictures (N, nc, H, W) to one logit each."""
-    n, base = halvings(c)
-    drop = dict(dropout=c.dropout, dropout2d=c.dropout2d)
-    if c.family in ("dcgan", "fine"):  # [2]: BatchNorm everywhere but in the first and last
-        hidden = [Row("conv", c.ndf << i, bn=i > 0 or c.family == "fine", **drop) for i in range(n)]
-        if c.family == "fine":  # it looks at every pixel before it halves
-            hidden.insert(0, Row("conv", (c.ndf + 1) // 2, 3, 1, 1, **drop))
-            if base > 4:  # and halves once more, or it would judge a place by what lies near it alone
-                hidden.append(Row("conv", c.ndf << n, 3, 2, 1, bn=True, **drop))
-                base = (base + 1) // 2
-        return [*hidden, Row("conv", 1, base, 1, 0, activation="none")]
-    if c.family == "keras":  # features are dropped only once, before the dense layer
-        hidden = [Row("conv", c.ndf << min(i, 1), bias=True, dropout2d=c.dropout2d) for i in range(n)]
-        hidden[-1] = hidden[-1]._replace(dropout=c.dropout)
-    else:
-        hidden = [Row("conv", c.ndf << i, 5, 2, 2, bias=True, **drop) for i in range(n)]
-    return [*hidden, Row("dense", 1, 1, bias=True, activation="none")]
-
-
-class Block(nn.Module):
-    """One row: a dense layer, convolution or transposed convolution, then BatchNorm, the activation and dropout.
-    Where it is modulated, z scales the channels that enter [11]."""
-
-    def __init__(self, row, channels, c, ops, modulated=False):
-        super().__init__()
-        self.kind, out, k, s, p, bias, bn, self.activation, self.dropout, self.dropout2d = row
-        self.ops, self.slope = ops, {"relu": 0.0, "leaky_relu": c.slope}.get(self.activation)
-        layer = "dense" if self.kind == "dense" else f"{self.kind} {k}x{k}, stride {s}"
-        words = ["scaled by z" if modulated else "none", layer, "BatchNorm" if bn else "none", self.activation]
-        self.label = ", ".join(word for word in words if word != "none")
-        features = out  # those that BatchNorm has statistics of
-        if self.kind == "dense":
-            features, self.shape = out * k * k, (out, k, k)
-            self.layer = nn.Linear(channels, features, bias)
-        elif self.kind == "conv":
-            self.layer = nn.Conv2d(channels, out, k, s, p, bias=bias)
-        else:  # output_padding: so that a stride of 2 doubles the picture exactly
-            self.layer = nn.ConvTranspose2d(channels, out, k, s, p, max(0, s + 2 * p - k), bias=bias)
-        self.bn = nn.BatchNorm2d(features, c.bn_eps, c.bn_momentum) if bn else None  # its weights, not its forward
-        # weights: normal(0, 0.02) [2], or Glorot's as Keras draws them [10]; BatchNorm's too, where init is dcgan
-        if c.init == "keras":
-            nn.init.xavier_uniform_(self.layer.weight)
-        else:
-            nn.init.normal_(self.layer.weight, 0, 0.02)
-        if bias:
-            nn.init.zeros_(self.layer.bias)
-        if bn and c.init == "dcgan":
-            nn.init.normal_(self.bn.weight, 1, 0.02)
-        self.scale = nn.Linear(c.nz, channels, bias=False) if modulated else None
-        if modulated:
-            nn.init.normal_(self.scale.weight, 0, 0.02)
-
-    def forward(self, x, weight=None, groups=1, z=None):
-        """x (N, C, H, W); `weight` stands in for the layer's own; `groups` as in bn_leaky_relu; z (N, nz)."""
-        layer, bn = self.layer, self.bn
-        weight = layer.weight if weight is None else weight
-        if self.scale is not None:
-            x = x * (1 + self.scale(z))[:, :, None, None]
-        if self.kind == "dense":
-            x = F.linear(x.flatten(1), weight, layer.bias)
-        elif self.kind == "conv":
-            x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
-        elif x.shape[-1] == 1:  # up from 1 x 1: a matmul does it
-            x = torch.tensordot(x.flatten(1), weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
-        else:
-            x = layer(x)
-        if bn is not None:
-            state = bn.running_mean, bn.running_var, self.training, bn.momentum, bn.eps
-            x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *state, self.slope, groups)
-        elif self.slope is not None:
-            x = F.leaky_relu(x, self.slope)
-        elif self.activation != "none":  # what ends G, not in bf16
-            x = getattr(torch, self.activation)(x.to(torch.promote_types(x.dtype, torch.float32)))
-        x = x.unflatten(1, self.shape) if self.kind == "dense" else x  # (N, C * k * k) -> (N, C, k, k)
-        x = F.dropout(x, self.dropout, self.training)
-        return F.dropout2d(x, self.dropout2d, self.training) if self.dropout2d else x
-
-
-class Generator(nn.Module):
-    """z (N, nz) -> pictures (N, nc, H, W), float32 in [-1, 1]; the keras family ends in a sigmoid: in [0, 1]."""
-
-    def __init__(self, c, ops=PLAIN):
-        super().__init__()
-        self.config, self.blocks, channels = c, nn.ModuleList(), c.nz
-        for i, row in enumerate(rows_g(c)):
-            self.blocks.append(Block(row, channels, c, ops, modulated=i > 0 and c.self_modulation))
-            channels = row.channels
-
-    def forward(self, z):
-        x = z[:, :, None, None]  # z as a picture of 1 x 1: (N, nz, 1, 1)
-        for block in self.blocks:
-            x = block(x, z=z)
-        return x
-
-
-def augment(x, p):
-    """Pictures (N, nc, H, H), p () -> such pictures, each with probability p turned by up to 14 degrees, shifted by up
-    to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
-    n, size, like = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
-    on = (torch.rand(n, 1, 1, **like) < p).to(x.dtype)
-    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on
-    scale = torch.exp(torch.randn(n, 1, 1, **like) * 0.15 * on)
-    dx, dy = (torch.rand(2, n, 1, 1, **like) - 0.5) * (size / 4) * on
-    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    i = torch.arange(size, **like) - (size - 1) / 2  # pixels, from the centre
-
-    def neighbours(place):  # along one axis: the two pixels that a place lies between, and the share of the second
-        place = (place + size / 2).remainder(2 * size)
-        place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
-        low = place.floor()
-        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]
-
-    def at(row, column):
-        where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-        return x.flatten(2).gather(2, where).unflatten(2, (size, size))
-
-    # where in x each pixel comes from, so that the picture moves the other way; between pixels bilinear, as
-    # F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
-    y0, y1, way_y = neighbours(sin * i + cos * i[:, None] + dy)
-    x0, x1, way_x = neighbours(cos * i - sin * i[:, None] + dx)
-    x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
-    on = (torch.rand(n, 1, 1, 1, **like) < p).to(x.dtype)
-    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **like) * on for std in (0.4, 0.2, 0.2))
-    grey = x.mean(1, keepdim=True)
-    x = (grey + (x - grey) * saturation.exp()) * contrast.exp() + light
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-class Discriminator(nn.Module):
-    """Pictures (N, nc, H, W) -> logits (N,).  Several mini-batches go through in one pass, each with BatchNorm
-    statistics of its own, as D(torch.cat([real, fake]), groups=2).
-
-    Where c.augment, all that it sees in training is augmented, real and fake, with a probability p that rises while D
-    is too sure of real pictures, so that it cannot learn few by heart [12].  p begins at 0, and stays below 1, or G
-    would learn to draw augmented ones.  It moves where groups is 2, the first half real: at D's turn."""
-
-    SURE, MOST = 0.5, 0.8  # the mean sign of the logits of real pictures that p is steered to; the largest p
-    SLOW = 50_000  # real pictures in which p would go from 0 to 1
-
-    def __init__(self, c, ops=PLAIN):
-        super().__init__()
-        self.config, self.ops, self.blocks, channels = c, ops, nn.ModuleList(), c.nc
-        for row in rows_d(c):
-            features = channels * halvings(c)[1] ** 2  # of pictures of base x base
-            self.blocks.append(Block(row, features if row.kind == "dense" else channels, c, ops))
-            channels = row.channels
-        for block in self.blocks if c.spectral_norm else []:
-            weight = block.layer.weight.detach()
-            block.register_buffer("u", F.normalize(torch.randn(len(weight)), dim=0))
-            block.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
-            for _ in range(15):  # as torch.nn.utils.parametrizations.spectral_norm begins
-                spectral_norm([weight], [block.u], [block.v], 1e-12, update=True)
-        if c.augment:
-            self.register_buffer("p", torch.zeros(()))
-            self.register_buffer("sure", torch.zeros(()))  # a moving mean
-
-    def forward(self, x, groups=1):
-        augmented = self.config.augment and self.training
-        x = augment(x, self.p) if augmented else x
-        weights = [block.layer.weight for block in self.blocks]
-        if self.config.spectral_norm:
-            us, vs = [block.u for block in self.blocks], [block.v for block in self.blocks]
-            weights = self.ops.spectral_norm(weights, us, vs, 1e-12, self.training)
-        for block, weight in zip(self.blocks, weights, strict=True):
-            x = block(x, weight, groups)
-        logits = x.flatten().to(torch.promote_types(x.dtype, torch.float32))
-        if augmented and groups == 2:
-            with torch.no_grad():
-                sign = logits[: len(x) // 2].sign().mean()
-                if WORLD > 1:  # so that all have one p, which the checkpoint of the first can hold
-                    dist.all_reduce(sign)
-                self.sure += 0.005 * (sign / WORLD - self.sure)
-                self.p += torch.sign(self.sure - self.SURE) * (self.config.batch_size / self.SLOW)
-                self.p.clamp_(0, self.MOST)
-        return logits
-
-
 def to_range(pixels, c):
     """uint8 -> float32 in the range of G's pictures."""
     return pixels / 255 if c.family == "keras" else pixels / 127.5 - 1
@@ -821,25 +898,6 @@ def to_range(pixels, c):
 def to_pixels(x, c):
     """The inverse of to_range."""
     return (x * 255 if c.family == "keras" else (x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def summary(net, x):
-    """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
-    lines = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"]
-
-    def note(block, _, y):
-        n = sum(p.numel() for p in block.parameters())
-        lines.append(f"  {block.label:<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
-
-    net = copy.deepcopy(net).eval()  # a copy: no statistic moves
-    for block in net.blocks:
-        block.register_forward_hook(note)
-    with torch.no_grad():
-        net(x)
-    return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
-
-
-# ---------------------------------------------------------------------------------------- the game
 
 
 def draw_inputs(c, pictures, step, device):
@@ -867,101 +925,19 @@ def draw_inputs(c, pictures, step, device):
     return real, z, noise
 
 
-def apply_gradients(optimizer, loss, good):
-    """Adam's step where `good` and the loss and all gradients are finite -> whether so, a bool on the device.
-    Over many processes losses and gradients are averaged first, so that all decide and move alike."""
-    grads = [p.grad for p in optimizer.param_groups[0]["params"]]
-    loss = torch.where(good, loss.detach(), math.nan)  # one that is nan makes the mean of all processes nan
-    if WORLD > 1:  # all in one, for each all_reduce costs its delay
-        flat = torch.cat([loss.view(1), *[g.flatten() for g in grads]])
-        dist.all_reduce(flat)
-        loss, *means = (flat / WORLD).split([1, *[g.numel() for g in grads]])
-        torch._foreach_copy_(grads, [mean.view(g.shape) for mean, g in zip(means, grads, strict=True)])
-    good = torch.isfinite(loss.squeeze() + torch.nn.utils.get_total_norm(grads))
-    on_device = good.device.type not in NO_FOUND_INF
-    optimizer.found_inf = (~good).float() if on_device else None  # how GradScaler tells a fused Adam to change nothing
-    if on_device or good:
-        optimizer.step()
-    optimizer.zero_grad()
-    return good
-
-
-@torch.no_grad()
-def average(ema, G, weight):
-    """Move all weights and running statistics of ema by `weight`, a number or tensor, of the way to those of G [8]."""
-    old, new = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G))
-    way = torch._foreach_sub(new, old)
-    torch._foreach_mul_(way, weight)
-    torch._foreach_add_(old, way)
-
-
-NUMBERS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # of one step; the first four go to log.jsonl, as means
-
-
-def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
-    """One update of D and one of G -> NUMBERS, (6,) on the device.  Shapes: draw_inputs.  All finite: good 1, bad 0.
-    Otherwise bad is 1, all else 0, and the update with that number is skipped; skipping D's skips G's too.  No `if` on
-    a tensor here: it would wait for the device.  A CUDA graph runs this Python only once: to print, use --no-graph."""
-    at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
-    bce = F.binary_cross_entropy_with_logits
-    good = torch.isfinite(real).all() & torch.isfinite(z).all()  # False: no update is made
-    bf16 = dict(dtype=torch.bfloat16, enabled=c.precision == "bf16", cache_enabled=False)
-    precision = functools.partial(torch.autocast, real.device.type, **bf16)
-    buffers = [b for net in (G, D) for b in net.buffers() if b.is_floating_point()]  # running statistics, u and v
-    before = [b.clone() for b in buffers]  # forward passes move them; put back below if the step is bad
-
-    ##########################################################################
-    # (1) Update D: maximise log D(x) + log(1 - D(G(z)))
-    ##########################################################################
-    with precision():
-        with torch.set_grad_enabled(not fresh):  # fresh: G draws others for its turn, these need no graph
-            fake = G(z[0])
-        both = torch.cat([real + noise[0], (fake if at_once else fake.detach()) + noise[1]])
-        logits_real, logits_fake = D(both, groups=2).chunk(2)  # two mini-batches in one pass
-    loss_real = bce(logits_real, torch.full_like(logits_real, c.real_label))
-    loss_fake = bce(logits_fake, torch.zeros_like(logits_fake))
-    loss_d = (loss_real + loss_fake) / (2 if c.loss == "mean" else 1)
-    loss_d.backward(inputs=list(D.parameters()), retain_graph=at_once)  # at once: loss_g needs the same graph
-    if not at_once:
-        good = apply_gradients(opt_d, loss_d, good)
-
-    ##########################################################################
-    # (2) Update G: maximise log D(G(z))
-    ##########################################################################
-    if not at_once:  # against the new D; at once: G learns from D's pass above, the same weights and dropout
-        D.requires_grad_(False)  # its weights need no gradient here, and none is computed
-        with precision():
-            fake = G(z[1]) if fresh else fake
-            logits_fake = D(fake + noise[2])
-        D.requires_grad_(True)
-    loss_g = bce(logits_fake, torch.ones_like(logits_fake))
-    loss_g.backward(inputs=list(G.parameters()))
-    if buffers:  # a variance can overflow where the loss and the gradients do not
-        good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
-    if at_once:
-        good = apply_gradients(opt_d, loss_d, good)
-    good = apply_gradients(opt_g, loss_g, good)
-    for now, old in zip(buffers, before, strict=True):
-        now.copy_(torch.where(good, now, old))
-    if ema is not None:
-        average(ema, G, ema_weight * good)
-    numbers = torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
-    return torch.cat([torch.where(good, numbers, 0.0), torch.stack([good, ~good]).to(numbers.dtype)])
-
-
 # ---------------------------------------------------------------------------------------- checkpoints
 
 
 def save(path, **contents):
     """Write tensors and plain values so that path always holds a whole file."""
-    buffer = io.BytesIO()  # torch.save would hide why a disk takes no more
+    buffer = io.BytesIO()  # torch.save to a file would hide why a write failed
     torch.save({"format": FORMAT, **contents}, buffer)
     with written_whole(path) as file:
         file.write(buffer.getbuffer())
 
 
 def reading(path):
-    """with reading(path): whatever a missing, damaged or foreign file makes Python or torch raise names the file."""
+    """with reading(path): any error by a missing, damaged or foreign file becomes a UserError that names it."""
     if not Path(path).exists():
         raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one")
     return explained(f"{path} is damaged or of another program or version; see snapshots/", Exception)
@@ -984,7 +960,7 @@ def load_generator(path, device="cpu", ops=PLAIN):
     """-> G in eval mode, its Config as G.config, from a run's folder, checkpoint.pt, generator.pt or a snapshot."""
     path = Path(path) / "generator.pt" if Path(path).is_dir() else Path(path)
     saved = load(path)
-    with reading(path), torch.device("meta"):  # no memory for what a stranger's config may claim
+    with reading(path), torch.device("meta"):  # a stranger's config must not claim memory
         G = Generator(saved["config"], ops)
         G.load_state_dict(saved["ema"] if "ema" in saved else saved["G"], assign=True)
     return G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -1086,8 +1062,37 @@ def choose_precision(name, device):
     return name if name != "auto" else "bf16" if has else "fp32"
 
 
+def fused_ops():
+    """-> the module of the fused ops: dcgan_ops where it is installed, else csrc/ beside this file."""
+    for name in ("dcgan_ops", "csrc"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(name)
+            if hasattr(module, "bn_leaky_relu"):  # not some other csrc
+                return module
+    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused out")
+
+
+def choose_ops(fused, device):
+    """-> PLAIN, or the fused ops, ready for the device: the one place where they come in.  Never a silent fallback."""
+    if not fused:
+        return PLAIN
+    ops = fused_ops()
+    with explained("--fused", ops.Unavailable):
+        ops.load(device)
+    return types.SimpleNamespace(bn_leaky_relu=ops.bn_leaky_relu, spectral_norm=ops.spectral_norm)
+
+
+def choose_graphed(c, device):
+    """-> graphed of csrc/ where a step can be one CUDA graph, else None.  Without it the GPU waits for Python to launch
+    each kernel."""
+    if c.graph and not c.compile and device.type == "cuda" and WORLD == 1:
+        with contextlib.suppress(UserError):  # dcgan.py stands alone
+            return getattr(fused_ops(), "graphed", None)
+    return None
+
+
 def tune(c, device):
-    """What always pays, set once a process."""
+    """Settings that always pay, once a process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1122,7 +1127,7 @@ def stopping(limit):
         return int(number) if number >= 0 else None
 
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.signal(number, caught) for number in numbers}  # only the main thread gets any
+    handlers = {number: signal.signal(number, caught) for number in numbers}  # only the main thread may set handlers
     try:
         yield code
     finally:
@@ -1135,7 +1140,8 @@ def stopping(limit):
 
 
 def open_run(c):
-    """-> the Config, and the checkpoint where --resume goes on or None.  What c was given stands above the old."""
+    """-> the Config, and the checkpoint from which --resume goes on, or None.  Options that c was given override saved
+    ones."""
     folder, given = Path(c.run), c.given
     if not c.resume:
         what = ("config.json", "*.pt", "snapshots/*.pt", "samples/step_*.png")
@@ -1176,6 +1182,22 @@ def claimed(c):
         yield
     finally:
         lock.release()
+
+
+def summary(net, x):
+    """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
+    lines = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"]
+
+    def note(block, _, y):
+        n = sum(p.numel() for p in block.parameters())
+        lines.append(f"  {block.label:<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
+
+    net = copy.deepcopy(net).eval()  # a copy: no statistic moves
+    for block in net.blocks:
+        block.register_forward_hook(note)
+    with torch.no_grad():
+        net(x)
+    return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
 def set_up(c):
@@ -1256,7 +1278,7 @@ def save_generator(run, path):
 def save_run(run):
     """checkpoint.pt: all that the next step depends on.  generator.pt: what drawing needs."""
     with open(run.folder / "log.jsonl", "ab") as log:
-        os.fsync(log.fileno())  # no line older than the checkpoint may be lost
+        os.fsync(log.fileno())  # the checkpoint relies on its lines, so they go to the disk first
     state = {name: part.state_dict() for name, part in run.stateful.items()}
     state |= {"step": run.step, "sums": run.sums, "pictures": len(run.pictures)}
     save(run.folder / "checkpoint.pt", config=dataclasses.asdict(run.c), **state)
@@ -1269,8 +1291,9 @@ def variety(x):
     return torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item()
 
 
-def open_folder(run):
-    """Make the run's folder what it was at run.step: no later line, sample or snapshot, and nothing half written."""
+def rewind(run):
+    """Make the run's folder what it was at run.step: later lines, samples and snapshots go, and what is half written.
+    Then write config.json and real.png."""
     folder, log = run.folder, run.folder / "log.jsonl"
     (folder / "snapshots").mkdir(parents=True, exist_ok=True)
     files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
@@ -1300,7 +1323,7 @@ def take(sums):
     again.  It reads from the device, and so waits for it; nothing that is done at every step does."""
     *values, good, bad = sums.tolist()
     sums.zero_()
-    means = {name: round(value / max(1, good), 5) for name, value in zip(NUMBERS, values, strict=False)}
+    means = {name: round(value / max(1, good), 5) for name, value in zip(METRICS, values, strict=False)}
     return means, round(good), round(bad)
 
 
@@ -1376,17 +1399,17 @@ def loop(run):
     """Train run from its step to its last -> the exit code."""
     step, c, n = choose_step(run), run.c, len(run.pictures)
     if RANK == 0:
-        open_folder(run)
+        rewind(run)
     saved, code = time.monotonic(), None
     run.reported = run.step, saved
     with stopping(c.time_limit) as stop, progress(run.total, "training", "step", run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
-            decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the start would linger
-            numbers = step(*inputs, torch.full((), 1 - decay, device=run.device))
+            decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the first weights would linger
+            metrics = step(*inputs, torch.full((), 1 - decay, device=run.device))
             if WORLD > 1:  # means over all processes, so that the checkpoint of one serves them all
-                dist.all_reduce(numbers)
-            run.sums += numbers / WORLD
+                dist.all_reduce(metrics)
+            run.sums += metrics / WORLD
             run.step += 1
             bar.update()
             if run.step % c.report_every == 0:
@@ -1416,7 +1439,7 @@ def loop(run):
 def train(c):
     """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
     c, preset = copy.copy(c), config(c.preset)  # a copy: the caller's stays as it is
-    c.given |= {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}  # those set by hand, too
+    c.given |= {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}  # and those set after config()
     with claimed(c), explained(TOO_LARGE):
         return loop(set_up(c))
 
@@ -1430,7 +1453,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(command, argv, seeds, name, what):
-    """-> for the commands that draw: z -> pictures, G's Config, the seeds, and --out: `what`, or else `name`."""
+    """What generate and interpolate share -> a function from z to pictures, G's Config, the seeds, and where to write:
+    --out, which is `what`, or else `name` beside the weights."""
     p = Parser(f"dcgan.py {command}", allow_abbrev=False)
     p.add_argument("source", type=Path, help="the folder of a run, or its checkpoint.pt, generator.pt or a snapshot")
     p.add_argument("--seeds", default=seeds, help=f"such as 3,7,12 or 0-63 ({seeds})")

@@ -92,7 +92,7 @@ def test_nothing_in_a_step_asks_for_a_value_or_leaves_the_device(preset, tiny, m
     shapes = (n, *picture), (2, n, c.nz), (3, n, *picture), ()
     inputs = [torch.randn(shape, device="meta") for shape in shapes]
     numbers = dcgan.train_step(c, G, D, ema, optimizer(G), optimizer(D), *inputs)
-    assert numbers.is_meta and numbers.shape == (len(dcgan.NUMBERS),)
+    assert numbers.is_meta and numbers.shape == (len(dcgan.METRICS),)
 
 
 class StandIn:

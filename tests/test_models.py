@@ -413,7 +413,7 @@ def test_where_batchnorm_biases_and_slopes_are():
     for preset, pair in expected.items():
         _, *nets = networks(preset, ngf=2, ndf=2)
         for net, rows in zip(nets, pair, strict=True):
-            found = [(b.bn is not None, b.layer.bias is not None, b.activation, b.slope) for b in net.blocks]
+            found = [(b.bn is not None, b.layer.bias is not None, b.row.activation, b.slope) for b in net.blocks]
             assert found == rows, preset
 
 
@@ -424,9 +424,9 @@ def test_where_batchnorm_biases_and_slopes_are():
 )  # fmt: skip
 def test_dropout_is_where_the_sources_have_it(preset, features, channels):
     _, G, D = networks(preset, ngf=2, ndf=2)
-    assert [block.dropout for block in D.blocks] == features
-    assert [block.dropout2d for block in D.blocks] == channels
-    assert not any(block.dropout or block.dropout2d for block in G.blocks)
+    assert [block.row.dropout for block in D.blocks] == features
+    assert [block.row.dropout2d for block in D.blocks] == channels
+    assert not any(block.row.dropout or block.row.dropout2d for block in G.blocks)
 
 
 @pytest.mark.parametrize(("option", "share"), [("dropout", 0.5), ("dropout2d", 0.5)])

@@ -101,7 +101,7 @@ def test_every_ingredient_goes_on(arguments, whole, tmp_path, options):
 
 @pytest.mark.parametrize("preset", ["demo", "mnist"])
 def test_augmentation_goes_on(arguments, tmp_path, preset, monkeypatch):
-    monkeypatch.setattr(dcgan.Discriminator, "SURE", -1.0)  # p rises from the first step on
+    monkeypatch.setattr(dcgan.Discriminator, "TARGET", -1.0)  # p rises from the first step on
     monkeypatch.setattr(dcgan.Discriminator, "SLOW", 10)
     assert dcgan.main(arguments(tmp_path / "whole", OFTEN, "--augment", preset=preset)) == 0
     stop_and_resume(arguments, tmp_path / "run", [7], OFTEN, "--augment", preset=preset)
