@@ -143,7 +143,7 @@ class Config:
     spectral_norm: bool = opt(False, "divide D's weights by their spectral norm [3]")
     dropout: float = opt(0.0, "in D, share of the features", high=1)
     dropout2d: float = opt(0.0, "in D, share of the channels", high=1)
-    update: str = opt("reuse", "G's fakes: D's reused, fresh ones, or D's with both nets updated at once",
+    update: str = opt("reuse", "G's turn: on D's fakes again, on fresh ones, or both nets updated at once",
                       "the game", choices=["reuse", "fresh", "simultaneous"])  # fmt: skip
     loss: str = opt("sum", "of D's real and fake halves", choices=["sum", "mean"])
     real_label: float = opt(1.0, "what D is to say of real pictures; 0.9 smooths [5]", high=1)
@@ -352,7 +352,8 @@ class Block(nn.Module):
             nn.init.normal_(self.scale.weight, 0, 0.02)
 
     def forward(self, x, weight=None, groups=1, z=None):
-        """x (N, C, H, W); z (N, nz); `groups` as in bn_leaky_relu; `weight` replaces that of a dense or conv layer."""
+        """x (N, C, H, W), or z itself, (N, nz); `groups` as in bn_leaky_relu; `weight` replaces that of a dense or conv
+        layer."""
         row, layer, bn = self.row, self.layer, self.bn
         weight = layer.weight if weight is None else weight
         if self.scale is not None:
@@ -361,8 +362,8 @@ class Block(nn.Module):
             x = F.linear(x.flatten(1), weight, layer.bias)
         elif row.kind == "conv":
             x = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
-        elif x.shape[-1] == 1:  # up from 1 x 1: a matmul does it
-            x = torch.tensordot(x.flatten(1), weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
+        elif x.dim() == 2:  # up from z, pictures of 1 x 1: a matmul does it
+            x = torch.tensordot(x, weight, 1)  # (N, C) x (C, out, k, k) -> (N, out, k, k)
         else:
             x = layer(x)
         if bn is not None:
@@ -388,7 +389,7 @@ class Generator(nn.Module):
             channels = row.channels
 
     def forward(self, z):
-        x = z[:, :, None, None]  # z as a picture of 1 x 1: (N, nz, 1, 1)
+        x = z
         for block in self.blocks:
             x = block(x, z=z)
         return x
@@ -590,8 +591,7 @@ def say(*lines):
 
 def progress(total, what, unit, initial=0):
     """A tqdm bar; silent where the output is no terminal and on all processes but the first."""
-    silent = RANK > 0 or not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=silent, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=RANK > 0 or None, dynamic_ncols=True)
 
 
 @contextlib.contextmanager
@@ -807,7 +807,8 @@ def leave_with_parent(_):
 
 
 def decode_all(pictures, c, array, index):
-    """Decode in parallel into the file `array`, (n, H, W, nc) uint8 in the order of names; then write `index`."""
+    """Decode in parallel into the file `array`, (n, H, W, nc) uint8 in the order of names; then write `index` -> what
+    is in that: the shape, and what was left out and why."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
@@ -820,16 +821,10 @@ def decode_all(pictures, c, array, index):
             left_out += [x for x in batch if isinstance(x, str)]
             file.write(b"".join(x for x in batch if isinstance(x, bytes)))
             bar.update(len(batch))
+    facts = {"shape": [len(pictures) - len(left_out), c.image_size, c.image_size, c.nc], "left_out": left_out}
     with written_whole(index) as file:
-        shape = [len(pictures) - len(left_out), c.image_size, c.image_size, c.nc]
-        file.write(json.dumps({"shape": shape, "left_out": left_out}, indent=1).encode())
-
-
-def read_index(array, index):
-    """-> what is known of a cache that is whole, else None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads(index.read_text())
-        return facts if array.stat().st_size == math.prod(facts["shape"]) else None
+        file.write(json.dumps(facts, indent=1).encode())
+    return facts
 
 
 def load_pictures(c):
@@ -839,13 +834,15 @@ def load_pictures(c):
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):  # one process decodes; the lock of a dead one is free
-        found = read_index(array, index)
+        found = False
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no index, or a damaged one
+            facts = json.loads(index.read_text())
+            found = array.stat().st_size == math.prod(facts["shape"])
         if not found:
             for half in cache.glob(".*.half"):  # of one that was killed
                 half.unlink()
             with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError, OSError):
-                decode_all(pictures, c, array, index)
-    facts = found or read_index(array, index)
+                facts = decode_all(pictures, c, array, index)
     shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
     if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
         what = f"{len(bad)} of {shape[0] + len(bad)} pictures cannot be read; --max-bad allows {c.max_bad:.1%}"
@@ -1164,9 +1161,8 @@ def open_run(c):
     return c, saved
 
 
-@contextlib.contextmanager
-def claimed(c):
-    """with claimed(c): c names the run's folder, and this process alone trains there."""
+def claim(c):
+    """with claim(c): c names the run's folder, and this process alone trains there."""
     c.data = download(c.download, c.data) if c.download else c.data
     c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
@@ -1174,29 +1170,18 @@ def claimed(c):
     if c.data and Path(c.data).resolve() == Path(c.run).resolve():
         raise UserError(f"--data and --run are both {c.run}; name another folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(c.run) / ".lock")  # that of a dead process is free
-    if RANK == 0:
-        with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
-            lock.acquire(timeout=0)
-    try:
-        yield
-    finally:
-        lock.release()
+    with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
+        lock = FileLock(Path(c.run) / ".lock", timeout=0)  # that of a dead process is free
+        return lock.acquire() if RANK == 0 else contextlib.nullcontext()
 
 
 def summary(net, x):
     """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
-    lines = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"]
-
-    def note(block, _, y):
-        n = sum(p.numel() for p in block.parameters())
-        lines.append(f"  {block.label:<56} {'x'.join(map(str, y.shape[1:])):<12} {n:>12,}")
-
-    net = copy.deepcopy(net).eval()  # a copy: no statistic moves
-    for block in net.blocks:
-        block.register_forward_hook(note)
+    lines, z = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"], x
     with torch.no_grad():
-        net(x)
+        for block in copy.deepcopy(net).eval().blocks:  # a copy: no statistic moves
+            x, n = block(x, z=z), sum(p.numel() for p in block.parameters())
+            lines.append(f"  {block.label:<56} {'x'.join(map(str, x.shape[1:])):<12} {n:>12,}")
     return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
@@ -1440,7 +1425,7 @@ def train(c):
     """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
     c, preset = copy.copy(c), config(c.preset)  # a copy: the caller's stays as it is
     c.given |= {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}  # and those set after config()
-    with claimed(c), explained(TOO_LARGE):
+    with claim(c), explained(TOO_LARGE):
         return loop(set_up(c))
 
 

@@ -356,8 +356,9 @@ def watch(file):
 
     def decode(*args):
         seen["decoded"] += 1
-        decode_all(*args)
+        facts = decode_all(*args)
         seen["wrote"].clear()  # the cache is anybody's to build
+        return facts
 
     def inputs(*args):
         real, z, noise = draw_inputs(*args)
