@@ -46,6 +46,7 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -595,16 +596,16 @@ def progress(total, what, unit, initial=0):
 
 
 @contextlib.contextmanager
-def explained(what, *errors):
+def explained(what, *errors, full=TOO_LARGE):
     """Turn these errors, and a full memory, into a UserError of one line: `what` it means for the user, and in brackets
     what the error says."""
     try:
         yield
     except (MemoryError, RuntimeError, *errors) as e:
-        full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "you tried to allocate" in str(e)  # on a CPU
-        if not full and not isinstance(e, errors):
+        no_room = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "you tried to allocate" in str(e)  # on a CPU
+        if not no_room and not isinstance(e, errors):
             raise
-        what = TOO_LARGE if full else what
+        what = full if no_room else what
         raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
 
 
@@ -619,7 +620,14 @@ def written_whole(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(half, path)
+        for wait in (0.1, 0.5, 2, 0):  # Windows replaces no file that a viewer or a virus scanner has open
+            try:
+                os.replace(half, path)
+                break
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(wait)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}; what stood there before is intact") from None
     finally:
@@ -728,6 +736,8 @@ def decode(picture, c):
     elif picture.mode.endswith(("A", "a")) or "transparency" in picture.info:  # over white, as a page would show it
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    elif picture.mode == "LAB":  # Pillow knows no way from there to grey
+        picture = picture.convert("RGB")
     return picture if picture.mode == mode else picture.convert(mode)
 
 
@@ -767,7 +777,7 @@ class Pictures(torch.utils.data.Dataset):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
         kinds = SUFFIXES | UNREADABLE
         pictures = [name for name in files if os.path.splitext(name)[1].lower() in kinds]
-        pictures = [name for name in pictures if not os.path.basename(name).startswith(".")]
+        pictures = [name for name in pictures if not re.search(r"(^|[/\\])\.[^./\\]", name)]  # hidden, or in the trash
         if not pictures:
             looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
             raise UserError(f"--data {self.root}: {looked}; give the folder or .zip of the pictures")
@@ -802,8 +812,13 @@ class Pictures(torch.utils.data.Dataset):
 
 def leave_with_parent(_):
     """For a worker: without it, those of a process that is killed wait for ever at a pipe that nobody reads."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()  # the run, be the worker forked, spawned or of a fork server
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def decode_all(pictures, c, array, index):
@@ -827,22 +842,28 @@ def decode_all(pictures, c, array, index):
     return facts
 
 
+def read_index(array, index):
+    """-> what is known of a cache that is whole, else None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts = json.loads(index.read_text())
+        return facts if array.stat().st_size == math.prod(facts["shape"]) else None
+
+
 def load_pictures(c):
     """-> (n, nc, H, W) uint8, channels last, mapped from the cache, which is made first if it has not these pictures.
     Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".lock"):  # one process decodes; the lock of a dead one is free
-        found = False
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no index, or a damaged one
-            facts = json.loads(index.read_text())
-            found = array.stat().st_size == math.prod(facts["shape"])
-        if not found:
-            for half in cache.glob(".*.half"):  # of one that was killed
-                half.unlink()
-            with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError, OSError):
-                facts = decode_all(pictures, c, array, index)
+    found = facts = read_index(array, index)
+    if not found:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".lock"):  # one process decodes; the lock of a dead one is free
+            found = facts = read_index(array, index)  # it may be there by now
+            if not found:
+                for half in cache.glob(".*.half"):  # of one that was killed
+                    half.unlink()
+                with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError, OSError):
+                    facts = decode_all(pictures, c, array, index)
     shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
     if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
         what = f"{len(bad)} of {shape[0] + len(bad)} pictures cannot be read; --max-bad allows {c.max_bad:.1%}"
@@ -1066,7 +1087,7 @@ def fused_ops():
             module = importlib.import_module(name)
             if hasattr(module, "bn_leaky_relu"):  # not some other csrc
                 return module
-    raise UserError("there are no fused kernels here: pip install -e . in the project, or leave --fused out")
+    raise UserError("there are no fused kernels here: pip install -e . in the project, or take --no-fused")
 
 
 def choose_ops(fused, device):
@@ -1154,7 +1175,12 @@ def open_run(c):
     for name in FIELDS.keys() - MAY_CHANGE:
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
         # the same pictures in another place are no change; set_up says if they are fewer or more
-        moved = name == "data" and begun and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve())
+        moved = (
+            name == "data"
+            and begun
+            and now
+            and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve())
+        )
         if now != begun and not moved:
             what = f"{folder / ('checkpoint.pt' if saved else 'config.json')} cannot go on with {name} {now!r}"
             raise UserError(f"{what}: it began with {begun!r}. Leave it out, or begin another run with --run")
@@ -1167,8 +1193,9 @@ def claim(c):
     c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
-    if c.data and Path(c.data).resolve() == Path(c.run).resolve():
-        raise UserError(f"--data and --run are both {c.run}; name another folder with --run")
+    for name in ("data", "cache"):
+        if getattr(c, name) and Path(getattr(c, name)).resolve() == Path(c.run).resolve():
+            raise UserError(f"--{name} and --run are both {c.run}; name another folder with --run")
     Path(c.run).mkdir(parents=True, exist_ok=True)
     with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
         lock = FileLock(Path(c.run) / ".lock", timeout=0)  # that of a dead process is free
@@ -1211,6 +1238,12 @@ def set_up(c):
         here = f"{c.batch_size // WORLD} of --batch-size {c.batch_size} in each process"
         say(f"            {here}, where BatchNorm sees no others: better take a larger one")
     pictures = load_pictures(c)
+    if WORLD > 1:
+        most = torch.tensor([len(pictures), -len(pictures)])
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if most.sum():
+            what = f"one process has {most[0]:,} pictures, another {-most[1]:,}"
+            raise UserError(f"{what}: give all of them the same --data")
     if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         pictures = pictures.to(device)
 
@@ -1425,7 +1458,7 @@ def train(c):
     """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
     c, preset = copy.copy(c), config(c.preset)  # a copy: the caller's stays as it is
     c.given |= {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}  # and those set after config()
-    with claim(c), explained(TOO_LARGE):
+    with claim(c), explained(None):
         return loop(set_up(c))
 
 
@@ -1532,7 +1565,8 @@ def main(argv=None):
     commands = {"generate": generate, "interpolate": interpolate, "info": info}
     try:
         if command in commands:
-            return commands[command](rest) or 0
+            with explained(None, full="not enough memory: draw fewer --seeds at once"):
+                return commands[command](rest) or 0
         given = read_options(rest if command == "train" else [command, *rest])
         data, fetch = given.get("data", ""), given.get("download", "")
         mnist = fetch == "mnist" or (data and find_idx(Path(data)))

@@ -325,6 +325,11 @@ def stop_at(step):
     dcgan.draw_inputs = draw_inputs
 
 
+def fewer_in_rank_1(n):
+    plain = dcgan.load_pictures
+    dcgan.load_pictures = lambda c: plain(c)[: int(n)] if dcgan.RANK == 1 else plain(c)
+
+
 def nan_in_rank_1(step):
     """A real picture that is not a number, in one process only."""
     plain = dcgan.draw_inputs

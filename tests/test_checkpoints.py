@@ -1,6 +1,7 @@
 """A damaged, foreign or hostile checkpoint costs one clear line: it is never taken for whole, never runs code, and
 nothing is overwritten because of it."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import pickle
 import random
 import re
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -274,6 +276,30 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     with dcgan.written_whole(tmp_path / "f") as file:
         file.write(b"x" * 100)
     assert done == [("fsync", 100), ("rename", 100)]
+
+
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_file_that_another_program_has_open_gets_its_name_a_little_later(times, tmp_path, monkeypatch):
+    """On Windows: a viewer of losses.png, a virus scanner."""
+    left, waited, replace = [times], [], os.replace
+
+    def held(a, b):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise PermissionError(13, "Access is denied")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    expected = (
+        pytest.raises(dcgan.UserError, match="cannot write.*Access is denied.*intact")
+        if times > 9
+        else contextlib.nullcontext()
+    )
+    with expected, dcgan.written_whole(tmp_path / "f") as file:
+        file.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == (["f"] if times < 9 else [])
+    assert len(waited) == min(times, 3) and sum(waited) < 5
 
 
 HOSTILE = [

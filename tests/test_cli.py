@@ -518,6 +518,7 @@ WRONG = {
     "generate from nothing": ("generate none", "none"),
     "seeds beyond all": ("generate none --seeds " + 5000 * "9", "seeds.*100,000"),
     "run among the pictures": ("--data words --run words", "words.*name another folder"),
+    "run among decoded pictures": ("--run words --cache ./words", "--cache and --run.*name another folder"),
     "generate from a text": ("generate notes.txt", "notes.txt"),
     "generate without a run": ("generate", "source"),
     "interpolate from nothing": ("interpolate none", "none"),
@@ -612,6 +613,13 @@ def test_no_room_on_the_device_is_one_line_that_says_what_to_do(device, small, r
     monkeypatch.setattr(dcgan, "train_step", train_step)
     line = one_line(run_main(*small("--run", tmp_path / "run", "--steps", 1)))
     assert "smaller --batch-size" in line and ("2.00 GiB" in line or device != "cuda")
+
+
+@pytest.mark.parametrize("command", ["generate", "interpolate"])
+def test_no_room_for_drawn_pictures_is_one_line_too(command, trained, run_main, monkeypatch):
+    monkeypatch.setattr(dcgan, "grid", lambda *_, **__: bytearray(1 << 60))
+    line = one_line(run_main(command, trained.folder, "--seeds", "0-3"))
+    assert "fewer --seeds" in line and "batch-size" not in line
 
 
 def test_an_error_of_the_program_is_not_called_a_lack_of_memory(small, monkeypatch, tmp_path):

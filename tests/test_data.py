@@ -203,6 +203,19 @@ def zipped(path, members):
     return path
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_hidden_pictures_and_those_of_hidden_folders_are_no_data(kind, tmp_path, config):
+    """The trash of a disk, the copies of a notebook, what macOS writes beside a file."""
+    hidden = (".Trash-1000/files/a.png", "x/.ipynb_checkpoints/b.png", "x/.c.png", "__MACOSX/._d.png")
+    seen = ("x/e.png", "y.z/f.png", "..g/h.png")
+    members = {name: in_bytes(picture(1)) for name in hidden + seen}
+    archive = zipped(tmp_path / "p.zip", members)
+    if kind == "folder":
+        zipfile.ZipFile(archive).extractall(tmp_path / ".p")  # the folder that is named may be hidden itself
+    found = dcgan.Pictures(config(archive if kind == "zip" else tmp_path / ".p")).names
+    assert sorted(found) == sorted(seen)
+
+
 def test_a_zip_is_read_without_unpacking(tmp_path, config):
     pictures = [picture(i, 16, 16) for i in range(4)]
     members = {f"img_align_celeba/img_align_celeba/{i}.png": in_bytes(p) for i, p in enumerate(pictures)}
@@ -426,6 +439,7 @@ def odd_pictures():
     palette = rgb.quantize(16)
     bits = grey.convert("1")
     cmyk = rgb.convert("CMYK")
+    lab = Image.merge("LAB", [grey, *Image.new("RGB", (20, 24), (140, 120, 0)).split()[:2]])
     sixteen = Image.fromarray((grey_ramp() * 257).astype(np.uint16))
     found = {
         "L.png": (in_bytes(grey), grey, 0),
@@ -448,6 +462,7 @@ def odd_pictures():
         "CMYK.jpg": (in_bytes(cmyk, "JPEG", quality=100), cmyk, 40),  # its chroma is at half the size
         "CMYK as Pillow.jpg": (in_bytes(cmyk, "JPEG"), Image.open(io.BytesIO(in_bytes(cmyk, "JPEG"))), 0),
         "CMYK.tif": (in_bytes(cmyk, "TIFF"), cmyk, 0),
+        "LAB.tif": (in_bytes(lab, "TIFF"), Image.open(io.BytesIO(in_bytes(lab, "TIFF"))).convert("RGB"), 0),
         "lossless.webp": (in_bytes(rgb, "WEBP", lossless=True), rgb, 0),
         "progressive.jpg": (in_bytes(rgb, "JPEG", progressive=True, quality=100, subsampling=0), rgb, 6),
         "interlaced.png": (in_bytes(rgb), rgb, 0),
@@ -925,6 +940,19 @@ def test_two_builders_at_once_build_once(tmp_path, config, monkeypatch):
     assert len(dcgan.load_pictures(c)) == 20
     assert os.waitpid(pid, 0)[1] == 0
     assert seen.stat().st_size == 20
+
+
+def test_a_whole_cache_waits_for_nobody_and_is_not_written_to(tmp_path, config, monkeypatch):
+    """Another data set may be under way in it for an hour, or it may lie on a disk that can only be read."""
+    make_pictures(tmp_path / "p", 4)
+    c = config(tmp_path / "p")
+    before = dcgan.load_pictures(c).clone()
+
+    def locked(*_, **__):
+        raise AssertionError("it asked for the lock")
+
+    monkeypatch.setattr(dcgan, "FileLock", locked)
+    assert torch.equal(dcgan.load_pictures(c), before)
 
 
 def test_a_cache_that_is_thrown_away_is_built_again(tmp_path, config):

@@ -3,6 +3,7 @@ The processes are forked from a warm one and talk by gloo; the last tests start 
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,15 @@ def test_a_batch_that_cannot_be_divided_is_refused(together, arguments, tmp_path
     for run in runs:  # a line each: torchrun shows whichever ends first
         assert run.output.count("dcgan.py: ") == 1 and run.output.count("\n") == 1, run.output
         assert "batch-size 7" in run.output and "2 processes" in run.output
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_processes_with_unequal_pictures_are_refused(together, arguments, tmp_path):
+    """Two machines with a copy of the data each, one of them cut short: they would learn from different streams."""
+    runs = together(arguments(tmp_path / "run", "--steps 2"), faults=["fewer_in_rank_1:3"])
+    done(runs, (2,))
+    for run in runs:
+        assert re.search(r"one process has \d+ pictures, another 3: give all", run.output), run.output
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -176,6 +176,45 @@ def test_the_workers_of_a_killed_build_go_with_it(start, tmp_path, data):
     assert not any(map(alive, workers))
 
 
+@pytest.mark.parametrize("how", ["forkserver", "spawn"])  # Python's own choice from 3.14 on; on macOS and Windows
+def test_workers_that_were_not_forked_go_with_a_killed_build_too(how, tmp_path):
+    """Their parent is not the run, but a server of forks that outlives it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys, multiprocessing\nsys.path.insert(0, {str(Path(dcgan.__file__).parent)!r})\nimport dcgan\n"
+        f"if __name__ == '__main__':\n    multiprocessing.set_start_method({how!r})\n    dcgan.main(sys.argv[1:])\n"
+    )
+    argv = [sys.executable, script, *command(tmp_path, "", tmp_path / "cache", "--workers 2 --image-size 128")]
+    mark = f"DCGAN_TEST={tmp_path}".encode()
+    run = subprocess.Popen(  # noqa: S603 - our own script
+        [str(word) for word in argv], env={**os.environ, "DCGAN_TEST": str(tmp_path)}, stdout=subprocess.DEVNULL
+    )
+
+    def left():
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") and status != "Z":
+                    found.append(int(pid))
+        return found
+
+    try:
+        half, until = tmp_path / "cache", time.monotonic() + 60
+        while not any(file.stat().st_size for file in half.glob(".*.half")) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(left()) > 2  # the workers, and with forkserver that
+        run.kill()
+        run.wait()
+        until = time.monotonic() + 5
+        while left() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert left() == []
+    finally:
+        for pid in left():
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_what_a_killed_build_left_goes_when_other_pictures_are_built(start, tmp_path, data):
     """A half cache of another data set may be gigabytes: nobody would ever look for it."""
     run = start(command(tmp_path, data, tmp_path / "cache"), "die_writing:1")

@@ -282,6 +282,15 @@ def test_pictures_that_were_moved_can_be_named_anew(arguments, tmp_path, data, c
     assert dcgan.main(go_on) == 0 and dcgan.load(run / "checkpoint.pt")["config"].data == str(there)
 
 
+def test_pictures_that_are_gone_are_not_replaced_by_drawn_ones(arguments, tmp_path, data, capsys):
+    here = tmp_path / "here"
+    shutil.copytree(data, here)
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 1", "--data", here)) == 0
+    shutil.rmtree(here)
+    assert dcgan.main(["--run", str(tmp_path / "run"), "--resume", "--steps", "2", "--data", ""]) == 2
+    assert "cannot go on with data ''" in capsys.readouterr().err
+
+
 def test_the_options_that_may_change_do(arguments, tmp_path):
     """Lengths, time limit, device, precision, fused, workers, intervals: the names of all, new values of most."""
     promised = "epochs steps time_limit device precision fused workers sample_every report_every save_every keep cache"
