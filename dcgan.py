@@ -1174,14 +1174,10 @@ def open_run(c):
     saved = load(folder / "checkpoint.pt") if any(folder.glob("*.pt")) else None  # None: stopped before its first one
     for name in FIELDS.keys() - MAY_CHANGE:
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
-        # the same pictures in another place are no change; set_up says if they are fewer or more
-        moved = (
-            name == "data"
-            and begun
-            and now
-            and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve())
-        )
-        if now != begun and not moved:
+        paths = name == "data" and now and begun
+        if paths and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve()):
+            continue  # the same pictures in another place: set_up says if they are fewer or more
+        if now != begun:
             what = f"{folder / ('checkpoint.pt' if saved else 'config.json')} cannot go on with {name} {now!r}"
             raise UserError(f"{what}: it began with {begun!r}. Leave it out, or begin another run with --run")
     return c, saved
