@@ -16,9 +16,9 @@ the probability that D gives to x being real.  D maximises log D(x) + log(1 - D(
 Notation: N pictures of nc channels and H x W pixels are (N, C, H, W); z is (N, nz); a `step` is one update of G;
 `logits` are D before its sigmoid; in docstrings `-> x` means that x is returned.
 
-From top to bottom: the options, the two ops that have fused kernels, the networks and the game that they play; then
-what feeds it (data), saves it, draws from it and runs it.  New to GANs?  Begin with `train_step`.  No code uses
-anything further down.
+From top to bottom: options, the two ops that have fused kernels, augmentation, the networks, the game that they play;
+then small tools, data, checkpoints, pictures, and what runs it all.  No code uses anything further down.
+New to GANs?  Begin with `train_step`.
 
  [1] Goodfellow et al. 2014, Generative adversarial nets, arXiv:1406.2661
  [2] Radford, Metz, Chintala 2015, DCGAN: the networks and their first weights, arXiv:1511.06434
@@ -259,6 +259,42 @@ def spectral_norm(weights, us, vs, eps, update):
 PLAIN = types.SimpleNamespace(bn_leaky_relu=bn_leaky_relu, spectral_norm=spectral_norm)
 
 
+# ---------------------------------------------------------------------------------------- augmentation
+
+
+def augment(x, p):
+    """Pictures (N, nc, H, H), p () -> such pictures, each with probability p turned by up to 14 degrees, shifted by up
+    to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
+    n, size, like = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
+    on = (torch.rand(n, 1, 1, **like) < p).to(x.dtype)
+    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on
+    scale = torch.exp(torch.randn(n, 1, 1, **like) * 0.15 * on)
+    dx, dy = (torch.rand(2, n, 1, 1, **like) - 0.5) * (size / 4) * on
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    i = torch.arange(size, **like) - (size - 1) / 2  # pixels, from the centre
+
+    def neighbours(place):  # along one axis: the two pixels that a place lies between, and the share of the second
+        place = (place + size / 2).remainder(2 * size)
+        place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
+        low = place.floor()
+        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]
+
+    def at(row, column):
+        where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+        return x.flatten(2).gather(2, where).unflatten(2, (size, size))
+
+    # where in x each pixel comes from (so the picture moves the other way); bilinear by hand, because F.grid_sample has
+    # no gradient on MPS in some releases of torch, and no deterministic one on CUDA
+    y0, y1, way_y = neighbours(sin * i + cos * i[:, None] + dy)
+    x0, x1, way_x = neighbours(cos * i - sin * i[:, None] + dx)
+    x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
+    on = (torch.rand(n, 1, 1, 1, **like) < p).to(x.dtype)
+    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **like) * on for std in (0.4, 0.2, 0.2))
+    grey = x.mean(1, keepdim=True)
+    x = (grey + (x - grey) * saturation.exp()) * contrast.exp() + light
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 # ---------------------------------------------------------------------------------------- the networks
 # A network is a list of rows, a family a way to write them.
 
@@ -284,9 +320,8 @@ def rows_g(c):
         middle = [Row("up", c.ngf << i, bn=True, activation="relu") for i in reversed(range(n - 1))]
         if c.family == "dcgan":
             return [first, *middle, Row("up", c.nc, activation="tanh")]
-        last = Row(
-            "up", (c.ngf + 1) // 2, bn=True, activation="relu"
-        )  # at full size, but features: a 3x3 layer makes pixels of them
+        # at full size G ends in features: a 3x3 layer turns them into pixels
+        last = Row("up", (c.ngf + 1) // 2, bn=True, activation="relu")
         return [first, *middle, last, Row("conv", c.nc, 3, 1, 1, activation="tanh")]
     if c.family == "keras":  # wider as the picture grows
         first = Row("dense", c.ngf, base, bias=True, activation="none")
@@ -306,7 +341,7 @@ def rows_d(c):
         hidden = [Row("conv", c.ndf << i, bn=i > 0 or c.family == "fine", **drop) for i in range(n)]
         if c.family == "fine":  # it looks at every pixel before it halves
             hidden.insert(0, Row("conv", (c.ndf + 1) // 2, 3, 1, 1, **drop))
-            if base > 4:  # one more halving, or each of base x base features sees only its surroundings
+            if base > 4:  # halve once more, or each of base x base features judges its surroundings alone
                 hidden.append(Row("conv", c.ndf << n, 3, 2, 1, bn=True, **drop))
                 base = (base + 1) // 2
         return [*hidden, Row("conv", 1, base, 1, 0, activation="none")]
@@ -324,11 +359,9 @@ class Block(nn.Module):
 
     def __init__(self, row, channels, c, ops, modulated=False):
         super().__init__()
-        self.row, self.ops, self.slope = row, ops, {"relu": 0.0, "leaky_relu": c.slope}.get(row.activation)
+        self.row, self.ops = row, ops
+        self.slope = {"relu": 0.0, "leaky_relu": c.slope}.get(row.activation)  # None: another activation, or none
         out, k, s, p = row.channels, row.kernel, row.stride, row.padding
-        layer = "dense" if row.kind == "dense" else f"{row.kind} {k}x{k}, stride {s}"
-        words = ["scaled by z" if modulated else "none", layer, "BatchNorm" if row.bn else "none", row.activation]
-        self.label = ", ".join(word for word in words if word != "none")
         features = out  # those that BatchNorm has statistics of
         if row.kind == "dense":
             features, self.shape = out * k * k, (out, k, k)
@@ -372,7 +405,7 @@ class Block(nn.Module):
             x = self.ops.bn_leaky_relu(x, bn.weight, bn.bias, *state, self.slope, groups)
         elif self.slope is not None:
             x = F.leaky_relu(x, self.slope)
-        elif row.activation != "none":  # of pictures, so in fp32 under autocast, too
+        elif row.activation != "none":  # the picture itself: in fp32 even under autocast
             x = getattr(torch, row.activation)(x.to(torch.promote_types(x.dtype, torch.float32)))
         x = x.unflatten(1, self.shape) if row.kind == "dense" else x  # (N, C * k * k) -> (N, C, k, k)
         x = F.dropout(x, row.dropout, self.training)
@@ -396,47 +429,14 @@ class Generator(nn.Module):
         return x
 
 
-def augment(x, p):
-    """Pictures (N, nc, H, H), p () -> such pictures, each with probability p turned by up to 14 degrees, shifted by up
-    to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
-    n, size, like = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
-    on = (torch.rand(n, 1, 1, **like) < p).to(x.dtype)
-    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on
-    scale = torch.exp(torch.randn(n, 1, 1, **like) * 0.15 * on)
-    dx, dy = (torch.rand(2, n, 1, 1, **like) - 0.5) * (size / 4) * on
-    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    i = torch.arange(size, **like) - (size - 1) / 2  # pixels, from the centre
-
-    def neighbours(place):  # along one axis: the two pixels that a place lies between, and the share of the second
-        place = (place + size / 2).remainder(2 * size)
-        place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
-        low = place.floor()
-        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]
-
-    def at(row, column):
-        where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-        return x.flatten(2).gather(2, where).unflatten(2, (size, size))
-
-    # where in x each pixel comes from, so that the picture moves the other way; between pixels bilinear, as
-    # F.grid_sample, whose gradient not every torch has on MPS, and --deterministic cannot have on CUDA
-    y0, y1, way_y = neighbours(sin * i + cos * i[:, None] + dy)
-    x0, x1, way_x = neighbours(cos * i - sin * i[:, None] + dx)
-    x = torch.lerp(torch.lerp(at(y0, x0), at(y0, x1), way_x), torch.lerp(at(y1, x0), at(y1, x1), way_x), way_y)
-    on = (torch.rand(n, 1, 1, 1, **like) < p).to(x.dtype)
-    saturation, contrast, light = (std * torch.randn(n, 1, 1, 1, **like) * on for std in (0.4, 0.2, 0.2))
-    grey = x.mean(1, keepdim=True)
-    x = (grey + (x - grey) * saturation.exp()) * contrast.exp() + light
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 class Discriminator(nn.Module):
     """Pictures (N, nc, H, W) -> logits (N,).  Several mini-batches go through in one pass, each with BatchNorm
     statistics of its own, as D(torch.cat([real, fake]), groups=2).
 
     Where c.augment, all that it sees in training is augmented, real and fake, with a probability p that rises while D
     is too sure of real pictures, so that it cannot learn a small data set by heart [12].  p begins at 0, and stays
-    below 1, or G would learn to draw augmented ones.  It moves on D's turn only: where groups is 2, the first half
-    real."""
+    below 1, or G would learn to draw augmented ones.  It moves on D's turn only, that is where groups is 2;
+    there the first half is real."""
 
     TARGET, MOST = 0.5, 0.8  # the mean sign of the logits of real pictures that p is steered to; the largest p
     SLOW = 50_000  # real pictures in which p would go from 0 to 1
@@ -483,7 +483,7 @@ class Discriminator(nn.Module):
 
 
 def apply_gradients(optimizer, loss, good):
-    """Adam's step where `good` and the loss and all gradients are finite -> whether so, a bool on the device.
+    """Take Adam's step if `good`, and if the loss and all gradients are finite -> whether so, a bool on the device.
     Over many processes losses and gradients are averaged first, so that all decide and move alike."""
     grads = [p.grad for p in optimizer.param_groups[0]["params"]]
     loss = torch.where(good, loss.detach(), math.nan)  # one that is nan makes the mean of all processes nan
@@ -514,18 +514,22 @@ METRICS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # of one step; the
 
 
 def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
-    """One update of D and one of G -> METRICS, (6,) on the device.  Shapes: draw_inputs.  Where update is reuse, and
-    without what guards it, a step is
+    """One update of D and one of G -> METRICS, (6,) on the device.  With update "reuse", and without noise, EMA, other
+    labels and the guard, it is
 
         fake = G(z)
         loss_d = bce(D(real), 1) + bce(D(fake.detach()), 0)   # then a step of opt_d; detach: G learns nothing from it
         loss_g = bce(D(fake), 1)                              # then a step of opt_g: G wants its fakes called real
 
-    With fresh, G draws other fakes for its turn; with simultaneous, both losses come before both updates.
+    With "fresh", G draws other fakes for its turn; with "simultaneous", both losses come before both updates.
 
-    The guard: a loss, gradient or buffer that is not finite must change nothing, so `good` says on the device whether
-    all was finite so far.  If not, that update and those after it are skipped; bad is 1, all else 0.  No `if` on a
-    tensor here: it would wait for the device.  A CUDA graph runs this Python only once: to print, use --no-graph."""
+    real (n, nc, H, W).  z (2, n, nz): for the fakes that D learns from, and for G's own where update is fresh.
+    noise (3, n, nc, H, W) or zeros: on real pictures, on fakes, on those of G's turn.  ema_weight (): 1 - EMA's decay.
+
+    The guard: nothing may change by a loss, gradient or buffer that is not finite.  `good` says on the device whether
+    all was finite so far.  If not, this update and any later one of the step are skipped and the buffers put back; bad
+    is 1, all else 0.  An update of D made before stays.  No `if` on a tensor: it would wait for the device.  A CUDA
+    graph runs this Python only at the start: to print at each step, use --no-graph."""
     at_once, fresh = c.update == "simultaneous", c.update == "fresh"  # at once: both losses first, then both updates
     bce = F.binary_cross_entropy_with_logits
     good = torch.isfinite(real).all() & torch.isfinite(z).all()
@@ -558,7 +562,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
             fake = G(z[1]) if fresh else fake
             logits_fake = D(fake + noise[2])
         D.requires_grad_(True)
-    loss_g = bce(logits_fake, torch.ones_like(logits_fake))  # not log(1 - D): flat where D is sure of its fakes [1]
+    loss_g = bce(logits_fake, torch.ones_like(logits_fake))  # not log(1 - D): flat where D is sure they are fake [1]
     loss_g.backward(inputs=list(G.parameters()))
     if buffers:  # a variance can overflow where the loss and the gradients do not
         good = good & torch.isfinite(torch.stack(torch._foreach_norm(buffers, ord=math.inf))).all()
@@ -597,7 +601,7 @@ def progress(total, what, unit, initial=0):
 
 @contextlib.contextmanager
 def explained(what, *errors, full=TOO_LARGE):
-    """Turn these errors, and a full memory, into a UserError of one line: `what` it means for the user, and in brackets
+    """Turn these errors, and running out of memory, into a UserError of one line: `what` or `full`, and in brackets
     what the error says."""
     try:
         yield
@@ -611,8 +615,8 @@ def explained(what, *errors, full=TOO_LARGE):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """with written_whole(path) as file: an atomic write.  The binary file gets its name when all of it is on the disk:
-    there is always the old one or the new one."""
+    """with written_whole(path) as file: an atomic write.  The binary file gets its name once it is wholly on
+    the disk: a reader finds the old one or the new one, never a part."""
     half = path.with_name(f".{path.name}.half")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -708,7 +712,7 @@ def file_info(path):
 
 
 def list_files(root):
-    """-> the sorted names of all files below root, without those of run folders: samples are no data.  Opens none."""
+    """-> the sorted names of all files below root, except in run folders, whose samples are not data.  Opens none."""
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, onerror=lambda e: say(f"left out: {e}"), followlinks=True):
         if os.path.realpath(folder) in seen or {"config.json", "log.jsonl"} <= set(names):  # a link that loops, a run
@@ -724,7 +728,10 @@ def list_files(root):
 def decode(picture, c):
     """A Pillow picture as it was opened, of any mode -> the same in RGB, or grey where nc is 1, and upright."""
     mode = "RGB" if c.nc == 3 else "L"
-    if picture.format in ("JPEG", "MPO"):  # comes at 1/2, 1/4 or 1/8 where that is large enough: up to 4 times as fast
+    if picture.format in (
+        "JPEG",
+        "MPO",
+    ):  # comes at 1/2, 1/4 or 1/8 where that is large enough: up to 4.4 times as fast
         picture.draft(mode, (c.image_size, c.image_size))
     picture.load()  # raises where its pixels are damaged, some formats only the first time
     with contextlib.suppress(Exception):  # a sound picture with damaged EXIF is still a picture
@@ -811,7 +818,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def leave_with_parent(_):
-    """For a worker: without it, those of a process that is killed wait for ever at a pipe that nobody reads."""
+    """Run in each worker: it ends with the run.  Else the workers of a killed run would wait for ever at a pipe."""
     parent = multiprocessing.parent_process()  # the run, be the worker forked, spawned or of a fork server
 
     def watch():
@@ -822,8 +829,8 @@ def leave_with_parent(_):
 
 
 def decode_all(pictures, c, array, index):
-    """Decode in parallel into the file `array`, (n, H, W, nc) uint8 in the order of names; then write `index` -> what
-    is in that: the shape, and what was left out and why."""
+    """Decode in parallel into the file `array`, (n, H, W, nc) uint8 in the order of names; then write `index`, and
+    return what is in it: the shape, and what was left out and why."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
@@ -850,7 +857,7 @@ def read_index(array, index):
 
 
 def load_pictures(c):
-    """-> (n, nc, H, W) uint8, channels last, mapped from the cache, which is made first if it has not these pictures.
+    """-> (n, nc, H, W) uint8, channels last, mapped from the cache, which is first made if these are not in it.
     Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
@@ -919,11 +926,10 @@ def to_pixels(x, c):
 
 
 def draw_inputs(c, pictures, step, device):
-    """-> real (n, nc, H, W), z (2, n, nz), noise (3, n, nc, H, W) or zeros: what a step needs from outside.
+    """-> real, z, noise, as train_step takes them: what a step needs from outside.
 
-    z: for the fakes that D learns from, and for G's own where update is fresh.  noise: on the real pictures, on the
-    fakes, and on those of G's turn.  It all follows from (seed, step), so there is no state to save; it is drawn for
-    the whole batch and cut to this process's n = batch_size / WORLD, so that many processes see what one would."""
+    It all follows from (seed, step), so there is no state to save; it is drawn for the whole batch and cut to this
+    process's n = batch_size / WORLD, so that many processes see what one would."""
     size, here = c.batch_size, slice(RANK * c.batch_size // WORLD, (RANK + 1) * c.batch_size // WORLD)
     pixels = pictures[batch_indices(len(pictures), c.seed, step * size, (step + 1) * size, pictures.device)[here]]
     if device.type == "cuda" and not pixels.is_cuda:  # so that the copy waits for nothing
@@ -955,7 +961,7 @@ def save(path, **contents):
 
 
 def reading(path):
-    """with reading(path): any error by a missing, damaged or foreign file becomes a UserError that names it."""
+    """with reading(path): an error from a missing, damaged or foreign file becomes a UserError that names it."""
     if not Path(path).exists():
         raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one")
     return explained(f"{path} is damaged or of another program or version; see snapshots/", Exception)
@@ -978,7 +984,7 @@ def load_generator(path, device="cpu", ops=PLAIN):
     """-> G in eval mode, its Config as G.config, from a run's folder, checkpoint.pt, generator.pt or a snapshot."""
     path = Path(path) / "generator.pt" if Path(path).is_dir() else Path(path)
     saved = load(path)
-    with reading(path), torch.device("meta"):  # a stranger's config must not claim memory
+    with reading(path), torch.device("meta"):  # allocates nothing: a foreign config could ask for any amount
         G = Generator(saved["config"], ops)
         G.load_state_dict(saved["ema"] if "ema" in saved else saved["G"], assign=True)
     return G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -1110,7 +1116,7 @@ def choose_graphed(c, device):
 
 
 def tune(c, device):
-    """Settings that always pay, once a process."""
+    """Settings that pay in every run, made once a process; and --deterministic."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1158,7 +1164,7 @@ def stopping(limit):
 
 
 def open_run(c):
-    """-> the Config, and the checkpoint from which --resume goes on, or None.  Options that c was given override saved
+    """-> the Config, and the checkpoint from which --resume goes on, or None.  Options given to c override the saved
     ones."""
     folder, given = Path(c.run), c.given
     if not c.resume:
@@ -1184,7 +1190,7 @@ def open_run(c):
 
 
 def claim(c):
-    """with claim(c): c names the run's folder, and this process alone trains there."""
+    """with claim(c): makes --download, names c.run, and makes this job the only one that trains in that folder."""
     c.data = download(c.download, c.data) if c.download else c.data
     c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
@@ -1199,17 +1205,53 @@ def claim(c):
 
 
 def summary(net, x):
-    """-> lines: of each row what it is, the shape that comes out for one picture or z, its parameters; their sum."""
+    """-> lines: for each row what it is, its output shape for one picture or z, and its parameters; then their sum."""
     lines, z = [f"{type(net).__name__:<58} {'output':<12} {'parameters':>12}"], x
     with torch.no_grad():
         for block in copy.deepcopy(net).eval().blocks:  # a copy: no statistic moves
-            x, n = block(x, z=z), sum(p.numel() for p in block.parameters())
-            lines.append(f"  {block.label:<56} {'x'.join(map(str, x.shape[1:])):<12} {n:>12,}")
+            x, n, row = block(x, z=z), sum(p.numel() for p in block.parameters()), block.row
+            layer = row.kind if row.kind == "dense" else f"{row.kind} {row.kernel}x{row.kernel}, stride {row.stride}"
+            words = [block.scale is not None and "scaled by z", layer, row.bn and "BatchNorm", row.activation]
+            label = ", ".join(word for word in words if word and word != "none")
+            lines.append(f"  {label:<56} {'x'.join(map(str, x.shape[1:])):<12} {n:>12,}")
     return [*lines, f"  {'in all':<69} {sum(p.numel() for p in net.parameters()):>12,}"]
 
 
+def feed(c, device):
+    """-> the pictures: (n, nc, H, W) uint8, in the GPU's memory where they fill less than half of what is free."""
+    pictures = load_pictures(c)
+    if WORLD > 1:
+        most = torch.tensor([len(pictures), -len(pictures)])
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if most.sum():
+            what = f"one process has {most[0]:,} pictures, another {-most[1]:,}"
+            raise UserError(f"{what}: give all of them the same --data")
+    fits = device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pictures.to(device) if fits else pictures
+
+
+def adam_flags(device):
+    """What the device asks of Adam, whatever a checkpoint of another device says."""
+    return {"fused": True, "capturable": device.type == "cuda"}
+
+
+def restore(run, saved):
+    """Put a checkpoint into a run that has just been set up."""
+    with reading(run.folder / "checkpoint.pt"):
+        for name, part in run.stateful.items():
+            part.load_state_dict(saved[name])
+        for optimizer in (run.opt_g, run.opt_d):
+            optimizer.param_groups[0].update(adam_flags(run.device))
+        run.step = saved["step"]
+        run.sums.copy_(saved["sums"])
+        if saved["pictures"] != len(run.pictures):
+            say(f"            these were {saved['pictures']:,} before: what follows is another stream of them")
+
+
 def set_up(c):
-    """-> the run: its Config, folder, pictures, networks, optimisers and step, as one namespace."""
+    """-> the run as one namespace: c, folder, device, pictures, G, D, ema, opt_g, opt_d, graphed; step and total, the
+    last step; stateful, what a checkpoint holds; sums, of METRICS since the last report and in this epoch.
+    `rewind` adds rows, the lines of the log, and variety; `loop` adds reported, step and moment of the last line."""
     given = c.given
     c, saved = open_run(c)
     device = choose_device(c.device)
@@ -1233,15 +1275,7 @@ def set_up(c):
     if WORLD > 1 and c.batch_size < 8 * WORLD and c.family != "keras":
         here = f"{c.batch_size // WORLD} of --batch-size {c.batch_size} in each process"
         say(f"            {here}, where BatchNorm sees no others: better take a larger one")
-    pictures = load_pictures(c)
-    if WORLD > 1:
-        most = torch.tensor([len(pictures), -len(pictures)])
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        if most.sum():
-            what = f"one process has {most[0]:,} pictures, another {-most[1]:,}"
-            raise UserError(f"{what}: give all of them the same --data")
-    if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        pictures = pictures.to(device)
+    pictures = feed(c, device)
 
     torch.manual_seed(key(c.seed, "weights"))
     G, D = Generator(c, ops), Discriminator(c, ops)
@@ -1249,26 +1283,16 @@ def set_up(c):
         say(*summary(G, torch.zeros(2, c.nz)), *summary(D, torch.zeros(2, c.nc, c.image_size, c.image_size)))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
-    flags = {"fused": True, "capturable": device.type == "cuda"}
-    hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **flags)
-    run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, G=G, D=D, step=0)
-    run.graphed = graphed
+    hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **adam_flags(device))
+    run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, graphed=graphed, G=G, D=D)
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
     run.stateful = {"G": G, "D": D, "opt_g": run.opt_g, "opt_d": run.opt_d} | ({"ema": run.ema} if c.ema else {})
-    run.sums = torch.zeros(2, 6, device=device)  # of what train_step gave, since the last report and in this epoch
-    run.total = c.steps or math.ceil(c.epochs * len(pictures) / c.batch_size)
+    run.sums = torch.zeros(2, len(METRICS), device=device)
+    run.step, run.total = 0, c.steps or math.ceil(c.epochs * len(pictures) / c.batch_size)
     c.noise_steps = c.noise_steps or run.total
     if saved:
-        with reading(run.folder / "checkpoint.pt"):
-            for name, part in run.stateful.items():
-                part.load_state_dict(saved[name])
-            for optimizer in (run.opt_g, run.opt_d):
-                optimizer.param_groups[0].update(flags)  # a checkpoint of another device brings its own
-            run.step = saved["step"]
-            run.sums.copy_(saved["sums"])
-            if saved["pictures"] != len(pictures):
-                say(f"            these were {saved['pictures']:,} before: what follows is another stream of them")
+        restore(run, saved)
     return run
 
 
@@ -1307,7 +1331,7 @@ def variety(x):
 
 def rewind(run):
     """Make the run's folder what it was at run.step: later lines, samples and snapshots go, and what is half written.
-    Then write config.json and real.png."""
+    Then write config.json and real.png, and set run.rows and run.variety."""
     folder, log = run.folder, run.folder / "log.jsonl"
     (folder / "snapshots").mkdir(parents=True, exist_ok=True)
     files = numbered(folder, "samples/step_*.png") + numbered(folder, "snapshots/generator_*.pt")
@@ -1334,7 +1358,7 @@ def rewind(run):
 
 def take(sums):
     """-> the means over good steps of what train_step gave, and how many steps were good, bad.  Then the sums are 0
-    again.  It reads from the device, and so waits for it; nothing that is done at every step does."""
+    again.  Reading them waits for the device, which nothing in the loop does at every step."""
     *values, good, bad = sums.tolist()
     sums.zero_()
     means = {name: round(value / max(1, good), 5) for name, value in zip(METRICS, values, strict=False)}
@@ -1368,7 +1392,7 @@ def report(run, bar):
 
 
 def warn(run, x):
-    """Say, while it happens, what the numbers and the fixed pictures x tell of a game that has gone wrong."""
+    """Say, while it happens, if the numbers or the fixed pictures x show that the game has gone wrong."""
     c, last, share = run.c, run.rows[-20:], variety(x) / run.variety
     if len(last) < 20:
         return
@@ -1376,7 +1400,7 @@ def warn(run, x):
     least = -sum(p * math.log(p) for p in (c.real_label, 1 - c.real_label) if p)  # of a D that is always right
     above = losses["loss_d"][10] * (2 if c.loss == "mean" else 1) - least  # the median
     if share < 1 / 3:
-        say(f"step {run.step}: G has collapsed, or is very young: its pictures most alike differ {share:.0%} as much "
+        say(f"step {run.step}: G has collapsed, or is very young: its nearest neighbours differ {share:.0%} as much "
             "as real ones. Draw from an older snapshot, or begin anew with a lower --lr-g or a larger "
             "--batch-size")  # fmt: skip
     if above < 0.2:
@@ -1399,7 +1423,7 @@ def sample(run):
 
 
 def end_epoch(run, epoch):
-    """The line of means; a snapshot of G, so that no collapse takes the last good one."""
+    """The line of means; a snapshot of G, so that a collapse does not take the last good one with it."""
     means, _, _ = take(run.sums[1])
     epochs = run.total * run.c.batch_size // len(run.pictures)  # whole ones: each has its line
     say(f"Epoch [{epoch}/{epochs}] | D Loss: {means['loss_d']:.4f} | G Loss: {means['loss_g']:.4f}")
