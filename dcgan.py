@@ -1087,11 +1087,19 @@ def choose_precision(name, device):
 
 
 def fused_ops():
-    """-> the module of the fused ops: dcgan_ops where it is installed, else csrc/ beside this file."""
+    """-> the module of the fused ops: dcgan_ops where it is installed, but csrc/ beside this file if its sources are
+    others, or if it is all there is."""
+    here = Path(__file__).resolve().parent / "csrc"
+
+    def sources(folder):
+        kinds = (".py", ".cpp", ".h", ".cu", ".cuh")
+        return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in kinds}
+
     for name in ("dcgan_ops", "csrc"):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(name)
-            if hasattr(module, "bn_leaky_relu"):  # not some other csrc
+            old = name == "dcgan_ops" and here.exists() and sources(here) != sources(Path(module.__file__).parent)
+            if hasattr(module, "bn_leaky_relu") and not old:  # and not some other csrc
                 return module
     raise UserError("there are no fused kernels here: pip install -e . in the project, or take --no-fused")
 

@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +32,8 @@ def environment_paths():
     """Yield the sys.path of each environment that this may be an installation into; not that of pip's build."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")}
     pythons = [sys.executable]
-    pythons += [f"{os.environ[v]}/bin/python" for v in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(v)]
+    if sys.prefix.startswith(os.path.realpath(tempfile.gettempdir())):  # python -m build; pip runs the target's own
+        pythons += [f"{os.environ[v]}/bin/python" for v in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(v)]
     for python in pythons:
         ask = "import sys, json; print(json.dumps([sys.version_info[:2], sys.path]))"
         try:
@@ -116,7 +118,11 @@ def kernels():
         raise SystemExit(f"DCGAN_KERNELS is auto, cpu, off or require; got {asked!r}")
     if asked == "off" or not expose("torch"):
         for kind in KINDS:
-            say(kind, "left out: " + ("DCGAN_KERNELS=off" if asked == "off" else "there was no torch yet"))
+            say(
+                kind,
+                "left out: "
+                + ("DCGAN_KERNELS=off" if asked == "off" else "this build sees no torch (uv: --no-build-isolation)"),
+            )
         return [], {}
     build, extensions = load_build(), []
     for kind in KINDS:

@@ -147,6 +147,8 @@ def main():
     options = parser.parse_args()
     about = facts("cpu", options.note)
     torch.set_num_threads(1)
+    if multiprocessing.get_start_method() == "forkserver":  # Python 3.14: cpu_time() would not see its workers
+        multiprocessing.set_start_method("fork", force=True)
     dcgan.tune(dcgan.config("demo"), torch.device("cpu"))  # as training does, for all rows: memory is kept
     if options.quick:
         options.data, options.drawn, options.rounds = None, 2 * BATCH, 1
@@ -157,6 +159,8 @@ def main():
         folder = options.data or scratch / "drawn"
         if not options.data:
             draw_pictures(folder, options.drawn)
+        if sum(1 for _ in folder.rglob("*.jp*g")) < BATCH:
+            parser.error(f"{folder} has fewer than {BATCH} .jpg or .jpeg files")
         archive = scratch / "pictures.zip"
         with zipfile.ZipFile(archive, "w") as file:
             for path in sorted(folder.rglob("*.jp*g")):

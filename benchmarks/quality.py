@@ -150,8 +150,8 @@ def nearness(fake, real, of, page, device="cpu"):
     """-> how near fakes are to real pictures, as a share of how near those are to each other.  `of`: the features of
     fakes, of real pictures, of fakes mirrored.  The page: in each row four times a fake, the real picture nearest by
     pixels, the one nearest by features.  It shows training pictures."""
-    numbers, shown = {}, [fake[:32].expand(-1, 3, -1, -1)]
     n = min(FEW, len(fake), len(real))
+    numbers, shown = {}, [fake[: min(32, n)].expand(-1, 3, -1, -1)]
     suspects = torch.zeros(n, dtype=torch.bool)
     for name, a, b, mirrored in (("pixels", fake, real, fake[:n].flip(-1)), ("features", *of)):
         distances, places = nearest(a[:n], b, device)
@@ -255,7 +255,11 @@ def minutes(folder, c):
     """-> minutes of training by a run's log, without its pauses; None if there is no log."""
     log = Path(folder) / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return sum(c.report_every * c.batch_size / row["img_s"] for row in rows if row["img_s"]) / 60 or None
+    seconds, before = 0, 0
+    for row in rows:  # each of as many steps as came before it: report_every may have changed at a resume
+        seconds += (row["step"] - before) * c.batch_size / row["img_s"] if row["img_s"] else 0
+        before = row["step"]
+    return seconds / 60 or None
 
 
 def machine(device):
@@ -276,7 +280,7 @@ def by_inception(fake, real, args, device, page):
         weights_sha256=sha256(args.weights.read_bytes()), precision=args.precision,
     )  # fmt: skip
     net, options = inception(args.weights, device), (device, args.precision)
-    of_reals = {k: v for k, v in fingerprint.items() if k not in ("fakes", "seeds")}
+    of_reals = {k: v for k, v in fingerprint.items() if k not in ("fakes", "seeds")} | {"torch_fidelity": __version__}
     cached = Path(args.cache) / f"features_{sha256(json.dumps(of_reals).encode())}.pt"
     if not cached.exists():
         found = features(net, real, *options)

@@ -121,6 +121,8 @@ def make_reference(row, device, size):
     modes = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
     for lever, options in modes.items():
         if lever in levers:
+            torch._dynamo.config.recompile_limit = 64  # counted over all rows of this process
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # a row that says compiled is compiled
             G, D = torch.compile(G, **options), torch.compile(D, **options)
     return functools.partial(reference_step, G, D, opt_g, opt_d, real, levers)
 

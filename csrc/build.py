@@ -92,6 +92,11 @@ def find_compiler():
 def use_compiler():
     """Let torch and setuptools find that compiler, and ninja of this environment."""
     cxx = find_compiler()
+    words = os.environ.get("CXX", "").split()
+    if len(words) > 1:  # "g++ -m64", "ccache g++": torch takes CXX for the name of one program
+        cxx = next((w for w in words if w[0] != "-" and w not in ("ccache", "sccache", "distcc")), cxx)
+        os.environ["CXX"] = cxx
+        os.environ["CXXFLAGS"] = " ".join([w for w in words if w[0] == "-"] + [os.environ.get("CXXFLAGS", "")])
     if not shutil.which("c++"):  # which torch calls where CXX is not set
         os.environ.setdefault("CXX", cxx)
     if not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]):

@@ -1,5 +1,6 @@
 """Where the libraries of dcgan_ops are found, what is said where there are none, and their build on first use."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -43,8 +44,10 @@ def needed(device):
 def load(kind):
     """Load one library, which registers its operators; build it first where there is none that fits."""
     path, _ = find(kind)
-    path = path or build_here(kind)
-    loader = ExtensionFileLoader(f"{__package__}._{kind}", str(path))
+    path = str(path or build_here(kind))
+    if kind == "cpu" and hasattr(torch.ops.dcgan, "bn_leaky_relu") and path not in torch.ops.loaded_libraries:
+        raise Unavailable(f"this process has loaded another copy of these kernels, so {path} cannot be: use that one")
+    loader = ExtensionFileLoader(f"{__package__}._{kind}", path)
     try:
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
         loader.exec_module(module)
@@ -53,6 +56,7 @@ def load(kind):
             f"the {kind} kernels in {path} do not load ({error}): delete that file and try again, or leave --fused out"
         ) from None
     loaded[kind] = module
+    torch.ops.loaded_libraries.add(path)
 
 
 def status() -> list[str]:
@@ -111,7 +115,7 @@ def _roots():
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions"
     )
-    return [HERE / "_build", Path(cache) / "dcgan_ops"]
+    return [HERE / "_build", *([Path(cache) / "dcgan_ops"] if os.path.isabs(cache) else [])]  # "~": there is no home
 
 
 def find(kind):
@@ -143,12 +147,16 @@ def covers(architectures):
 
 
 def _writable(folder, lock):
-    """Whether files can be made in the folder, and the lock in it be taken, which may be of another user."""
+    """Whether files can be made in the folder, and the lock in it be had, which may be of another user, or on a file
+    system without locks."""
+    from filelock import FileLock, Timeout  # comes with torch
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        (folder / lock).open("a").close()
-    except OSError:
+        with contextlib.suppress(Timeout), FileLock(folder / lock, timeout=0):  # held by another build: it can be had
+            pass
+    except (OSError, NotImplementedError):
         return False
     return True
 
@@ -166,7 +174,8 @@ def build_here(kind):
         raise Unavailable(f"{what}, which not every GPU here can run: unset it")
     root = next((r for r in _roots() if _writable(r, f"{kind}.lock")), None)
     if root is None:
-        raise Unavailable(f"neither {_roots()[0]} nor {_roots()[1]} can be written: set TORCH_EXTENSIONS_DIR")
+        where = " or ".join(map(str, _roots()))
+        raise Unavailable(f"cannot write or lock files in {where}: set TORCH_EXTENSIONS_DIR to a folder where I can")
     target = root / _key(kind) / build.file_name(kind)
     with FileLock(str(root / f"{kind}.lock")):
         for left in root.glob(f"build-{kind}-*"):
@@ -189,7 +198,8 @@ def build_here(kind):
 
 def _why_not_built(kind, output, log):
     """-> the line of a compiler's output that tells most; all of it goes to the file `log`."""
-    log.write_text(output)
+    with contextlib.suppress(OSError):  # of another user
+        log.write_text(output, encoding="utf-8")
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
     reason = next((line for line in lines if "cannot build: " in line or "error:" in line), lines[-1])
     return f"the {kind} kernels could not be built: {reason.removeprefix('cannot build: ')} (all of it: {log})"

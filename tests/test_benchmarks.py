@@ -33,6 +33,13 @@ def test_a_quick_run_works_and_writes_nothing(script, tmp_path):
     assert written() == before and list(tmp_path.iterdir()) == []
 
 
+def test_too_few_pictures_to_measure_are_one_line(tmp_path):
+    dcgan.draw_face(0, 32).save(tmp_path / "1.jpg")
+    command = [sys.executable, ROOT / "benchmarks" / "data.py", "--data", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 2 and "has fewer than 128 .jpg or .jpeg files" in done.stderr.splitlines()[-1]
+
+
 def test_pictures_of_one_name_in_two_folders_are_two(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / "faces" / folder).mkdir(parents=True)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import types
 from pathlib import Path
 
 import _distutils_hack
@@ -172,6 +173,62 @@ def test_a_compiler_of_another_name_is_what_torch_will_call(monkeypatch, tmp_pat
     assert os.environ["CXX"] == "clang++"
 
 
+@pytest.mark.parametrize("cxx", ["g++ -m64", "ccache g++ -m64"])
+def test_a_compiler_with_flags_or_a_launcher_is_taken_apart(cxx, monkeypatch, tmp_path):
+    """torch takes CXX for the name of one program."""
+    for name in ("g++", "ccache", "cc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    for name, value in (("PATH", str(tmp_path)), ("CXX", cxx), ("CXXFLAGS", "-g")):
+        monkeypatch.setenv(name, value)
+    build.use_compiler()
+    assert os.environ["CXX"] == "g++" and os.environ["CXXFLAGS"].split() == ["-m64", "-g"]
+
+
+def test_without_a_home_nothing_is_built_in_the_current_folder(monkeypatch):
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without an entry in passwd
+    assert ops.libraries._roots() == [ops.libraries.HERE / "_build"]
+
+
+def test_a_file_system_without_locks_is_passed_over(monkeypatch, tmp_path):
+    import filelock
+
+    def no_locks(self, *_, **__):
+        raise OSError(37, "No locks available")
+
+    assert ops.libraries._writable(tmp_path, "cpu.lock")
+    with filelock.FileLock(tmp_path / "cpu.lock"):
+        assert ops.libraries._writable(tmp_path, "cpu.lock")  # held by another: worth waiting for
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    assert not ops.libraries._writable(tmp_path, "cpu.lock")
+
+
+def test_kernels_installed_from_other_sources_are_not_those_beside_dcgan_py(project, monkeypatch):
+    """After a git pull, or from a second checkout."""
+    old = types.SimpleNamespace(__file__=str(project / "csrc" / "__init__.py"), bn_leaky_relu=None)
+    monkeypatch.setitem(sys.modules, "dcgan_ops", old)
+    assert dcgan.fused_ops() is old
+    with open(project / "csrc" / "columns.h", "a") as file:
+        file.write("// changed")
+    assert Path(dcgan.fused_ops().__file__) == ROOT / "csrc" / "__init__.py"
+
+
+def test_two_copies_of_the_kernels_in_one_process_are_one_line(project):
+    ops.load("cpu")
+    path, _ = ops.libraries.find("cpu")
+    shutil.copy(path, project / "csrc")
+    code = (
+        f"import sys, dcgan\ndcgan.fused_ops().load('cpu')\nsys.path.insert(0, {str(project)!r})\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] in ('csrc', 'dcgan_ops')]: del sys.modules[name]\n"
+        "import csrc\nassert 'project' in csrc.__file__\n"
+        "try: csrc.load('cpu')\nexcept csrc.Unavailable as why: print('SAID', why)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "SAID this process has loaded another copy" in done.stdout, done
+
+
 def test_windows_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(build.CannotBuild, match="not written for Windows: work in WSL, or leave --fused out"):
@@ -319,7 +376,9 @@ def test_required_kernels_without_torch_are_one_line(project, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     last = done.stderr.splitlines()[-1]
-    assert done.returncode and last.startswith("DCGAN_KERNELS=require: cpu: left out: there was no torch"), done.stderr
+    assert done.returncode and last.startswith("DCGAN_KERNELS=require: cpu: left out: this build sees no torch (uv"), (
+        done.stderr
+    )
 
 
 @pytest.mark.skipif(not shutil.which("nvcc") or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import real_data
+from PIL import Image
 
 import dcgan
 
@@ -227,6 +228,20 @@ def test_a_run_is_scored(tiny, tmp_path, monkeypatch, capsys):
         QUALITY["main"](["score", c.run, "--reals", c.data, "--out", str(tmp_path / "quality")])
     with pytest.raises(SystemExit, match="nothing_here"):
         QUALITY["main"](["score", str(tmp_path / "nothing_here"), *where])
+
+
+def test_minutes_are_those_of_the_log_whatever_lay_between_its_lines(tiny, tmp_path):
+    c = tiny("classic", batch_size=10, report_every=50)
+    rows = [{"step": step, "img_s": 5.0} for step in (10, 20, 30, 80, 130)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert QUALITY["minutes"](tmp_path, c) == pytest.approx(130 * 10 / 5 / 60)
+
+
+def test_few_real_pictures_have_a_page_too(tmp_path):
+    fake, real = torch.randint(256, (2, 40, 3, 8, 8), dtype=torch.uint8)
+    features = [torch.randn(n, 16) for n in (40, 5, 40)]
+    assert QUALITY["nearness"](fake, real[:5], features, tmp_path / "page.png")["pixels"] > 0
+    assert Image.open(tmp_path / "page.png").size == (12 * 10 + 2, 2 * 10 + 2)  # 5 rows of 3, 12 in a line
 
 
 def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
