@@ -78,7 +78,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, and which of them thi
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 BELOW_1 = 1 - 1e-9  # for options that can be less than 1, not 1
 NO_FOUND_INF = {"mps"}  # devices whose fused Adam refuses or ignores found_inf in some releases of torch
-TOO_LARGE = "not enough memory on the device: begin another run with a smaller --batch-size or --image-size"
+NO_ROOM = "not enough memory: train with a smaller --batch-size or --image-size; draw fewer --seeds, or on --device cpu"
 
 
 class UserError(Exception):
@@ -320,8 +320,7 @@ def rows_g(c):
         middle = [Row("up", c.ngf << i, bn=True, activation="relu") for i in reversed(range(n - 1))]
         if c.family == "dcgan":
             return [first, *middle, Row("up", c.nc, activation="tanh")]
-        # at full size G ends in features: a 3x3 layer turns them into pixels
-        last = Row("up", (c.ngf + 1) // 2, bn=True, activation="relu")
+        last = Row("up", (c.ngf + 1) // 2, bn=True, activation="relu")  # features, which a 3x3 layer makes pixels of
         return [first, *middle, last, Row("conv", c.nc, 3, 1, 1, activation="tanh")]
     if c.family == "keras":  # wider as the picture grows
         first = Row("dense", c.ngf, base, bias=True, activation="none")
@@ -370,8 +369,7 @@ class Block(nn.Module):
             self.layer = nn.Conv2d(channels, out, k, s, p, bias=row.bias)
         else:  # output_padding: so that a stride of 2 doubles the picture exactly
             self.layer = nn.ConvTranspose2d(channels, out, k, s, p, max(0, s + 2 * p - k), bias=row.bias)
-        # it holds weights and statistics; what is called is ops.bn_leaky_relu
-        self.bn = nn.BatchNorm2d(features, c.bn_eps, c.bn_momentum) if row.bn else None
+        self.bn = nn.BatchNorm2d(features, c.bn_eps, c.bn_momentum) if row.bn else None  # its state, not its forward
         # weights: normal(0, 0.02) [2], or Glorot's as Keras draws them [10]; BatchNorm's too, where init is dcgan
         if c.init == "keras":
             nn.init.xavier_uniform_(self.layer.weight)
@@ -386,8 +384,7 @@ class Block(nn.Module):
             nn.init.normal_(self.scale.weight, 0, 0.02)
 
     def forward(self, x, weight=None, groups=1, z=None):
-        """x (N, C, H, W), or z itself, (N, nz); `groups` as in bn_leaky_relu; `weight` replaces that of a dense or conv
-        layer."""
+        """x (N, C, H, W), or z (N, nz); `groups` as in bn_leaky_relu; `weight` replaces a dense or conv layer's own."""
         row, layer, bn = self.row, self.layer, self.bn
         weight = layer.weight if weight is None else weight
         if self.scale is not None:
@@ -600,16 +597,16 @@ def progress(total, what, unit, initial=0):
 
 
 @contextlib.contextmanager
-def explained(what, *errors, full=TOO_LARGE):
-    """Turn these errors, and running out of memory, into a UserError of one line: `what` or `full`, and in brackets
-    what the error says."""
+def explained(what, *errors):
+    """Turn these errors, and running out of memory, into a UserError of one line: `what` it means for the user, and
+    in brackets what the error says."""
     try:
         yield
     except (MemoryError, RuntimeError, *errors) as e:
-        no_room = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "you tried to allocate" in str(e)  # on a CPU
-        if not no_room and not isinstance(e, errors):
+        full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "you tried to allocate" in str(e)  # on a CPU
+        if not full and not isinstance(e, errors):
             raise
-        what = full if no_room else what
+        what = NO_ROOM if full else what
         raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
 
 
@@ -624,14 +621,11 @@ def written_whole(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        for wait in (0.1, 0.5, 2, 0):  # Windows replaces no file that a viewer or a virus scanner has open
-            try:
-                os.replace(half, path)
-                break
-            except PermissionError:
-                if not wait:
-                    raise
-                time.sleep(wait)
+        for wait in (0.1, 0.5, 2):  # Windows replaces no file that a viewer or a virus scanner has open
+            with contextlib.suppress(PermissionError):
+                return os.replace(half, path)
+            time.sleep(wait)
+        os.replace(half, path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}; what stood there before is intact") from None
     finally:
@@ -728,10 +722,7 @@ def list_files(root):
 def decode(picture, c):
     """A Pillow picture as it was opened, of any mode -> the same in RGB, or grey where nc is 1, and upright."""
     mode = "RGB" if c.nc == 3 else "L"
-    if picture.format in (
-        "JPEG",
-        "MPO",
-    ):  # comes at 1/2, 1/4 or 1/8 where that is large enough: up to 4.4 times as fast
+    if picture.format in ("JPEG", "MPO"):  # comes at 1/2, 1/4 or 1/8 where that will do: up to 4.4 times as fast
         picture.draft(mode, (c.image_size, c.image_size))
     picture.load()  # raises where its pixels are damaged, some formats only the first time
     with contextlib.suppress(Exception):  # a sound picture with damaged EXIF is still a picture
@@ -784,7 +775,7 @@ class Pictures(torch.utils.data.Dataset):
             files = list_files(self.root) if self.kind == "folder" else zipfile.ZipFile(self.root).namelist()
         kinds = SUFFIXES | UNREADABLE
         pictures = [name for name in files if os.path.splitext(name)[1].lower() in kinds]
-        pictures = [name for name in pictures if not re.search(r"(^|[/\\])\.[^./\\]", name)]  # hidden, or in the trash
+        pictures = [name for name in pictures if not re.search(r"(^|[/\\])\.(?!\.?[/\\])", name)]  # hidden
         if not pictures:
             looked = f"looked for {' '.join(sorted(SUFFIXES))} in all of it, found {len(files)} other files"
             raise UserError(f"--data {self.root}: {looked}; give the folder or .zip of the pictures")
@@ -820,12 +811,7 @@ class Pictures(torch.utils.data.Dataset):
 def leave_with_parent(_):
     """Run in each worker: it ends with the run.  Else the workers of a killed run would wait for ever at a pipe."""
     parent = multiprocessing.parent_process()  # the run, be the worker forked, spawned or of a fork server
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
 def decode_all(pictures, c, array, index):
@@ -834,9 +820,7 @@ def decode_all(pictures, c, array, index):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
-    batches = iter(
-        torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags)
-    )  # workers begin here, so that their errors are not the disk's
+    batches = iter(torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags))  # here: no error of the disk's
     left_out = []
     with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
         for batch in batches:
@@ -861,16 +845,17 @@ def load_pictures(c):
     Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
-    found = facts = read_index(array, index)
-    if not found:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):  # one process decodes; the lock of a dead one is free
-            found = facts = read_index(array, index)  # it may be there by now
-            if not found:
-                for half in cache.glob(".*.half"):  # of one that was killed
-                    half.unlink()
-                with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError, OSError):
-                    facts = decode_all(pictures, c, array, index)
+    cache.mkdir(parents=True, exist_ok=True)
+    found = read_index(array, index)
+    with (
+        contextlib.nullcontext() if found else FileLock(cache / ".lock")
+    ):  # one decodes; the lock of a dead one is free
+        found = facts = found or read_index(array, index)  # it may be there by now
+        if not found:
+            for half in cache.glob(".*.half"):  # of one that was killed
+                half.unlink()
+            with explained("decoding stopped, maybe for lack of memory; try --workers 0", RuntimeError, OSError):
+                facts = decode_all(pictures, c, array, index)
     shape, bad, size = facts["shape"], facts["left_out"], math.prod(facts["shape"])
     if not size or len(bad) > c.max_bad * (shape[0] + len(bad)):
         what = f"{len(bad)} of {shape[0] + len(bad)} pictures cannot be read; --max-bad allows {c.max_bad:.1%}"
@@ -1092,14 +1077,14 @@ def fused_ops():
     here = Path(__file__).resolve().parent / "csrc"
 
     def sources(folder):
-        kinds = (".py", ".cpp", ".h", ".cu", ".cuh")
-        return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in kinds}
+        return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
 
     for name in ("dcgan_ops", "csrc"):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(name)
-            old = name == "dcgan_ops" and here.exists() and sources(here) != sources(Path(module.__file__).parent)
-            if hasattr(module, "bn_leaky_relu") and not old:  # and not some other csrc
+            ours = hasattr(module, "bn_leaky_relu")  # not some other csrc
+            rival = ours and name == "dcgan_ops" and (here / "bn_leaky_relu.cpp").exists()
+            if ours and not (rival and sources(here) != sources(Path(module.__file__).parent)):
                 return module
     raise UserError("there are no fused kernels here: pip install -e . in the project, or take --no-fused")
 
@@ -1115,8 +1100,7 @@ def choose_ops(fused, device):
 
 
 def choose_graphed(c, device):
-    """-> graphed of csrc/ where a step can be one CUDA graph, else None.  Without it the GPU waits for Python to launch
-    each kernel."""
+    """-> graphed of csrc/ where a step can be one CUDA graph, else None: Python then launches each kernel."""
     if c.graph and not c.compile and device.type == "cuda" and WORLD == 1:
         with contextlib.suppress(UserError):  # dcgan.py stands alone
             return getattr(fused_ops(), "graphed", None)
@@ -1172,8 +1156,7 @@ def stopping(limit):
 
 
 def open_run(c):
-    """-> the Config, and the checkpoint from which --resume goes on, or None.  Options given to c override the saved
-    ones."""
+    """-> the Config, and the checkpoint from which --resume goes on, or None.  What c was given overrides the saved."""
     folder, given = Path(c.run), c.given
     if not c.resume:
         what = ("config.json", "*.pt", "snapshots/*.pt", "samples/step_*.png")
@@ -1232,15 +1215,9 @@ def feed(c, device):
         most = torch.tensor([len(pictures), -len(pictures)])
         dist.all_reduce(most, dist.ReduceOp.MAX)
         if most.sum():
-            what = f"one process has {most[0]:,} pictures, another {-most[1]:,}"
-            raise UserError(f"{what}: give all of them the same --data")
+            raise UserError(f"one process has {most[0]:,} pictures, another {-most[1]:,}: give all the same --data")
     fits = device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return pictures.to(device) if fits else pictures
-
-
-def adam_flags(device):
-    """What the device asks of Adam, whatever a checkpoint of another device says."""
-    return {"fused": True, "capturable": device.type == "cuda"}
 
 
 def restore(run, saved):
@@ -1249,7 +1226,8 @@ def restore(run, saved):
         for name, part in run.stateful.items():
             part.load_state_dict(saved[name])
         for optimizer in (run.opt_g, run.opt_d):
-            optimizer.param_groups[0].update(adam_flags(run.device))
+            # what this device asks of Adam: a checkpoint of another one brings its own
+            optimizer.param_groups[0].update({name: optimizer.defaults[name] for name in ("fused", "capturable")})
         run.step = saved["step"]
         run.sums.copy_(saved["sums"])
         if saved["pictures"] != len(run.pictures):
@@ -1291,7 +1269,8 @@ def set_up(c):
         say(*summary(G, torch.zeros(2, c.nz)), *summary(D, torch.zeros(2, c.nc, c.image_size, c.image_size)))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
-    hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **adam_flags(device))
+    flags = {"fused": True, "capturable": device.type == "cuda"}
+    hyper = dict(betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, **flags)
     run = types.SimpleNamespace(c=c, folder=Path(c.run), device=device, pictures=pictures, graphed=graphed, G=G, D=D)
     run.ema = copy.deepcopy(G).requires_grad_(False) if c.ema else None
     run.opt_g, run.opt_d = Adam(G.parameters(), c.lr_g, **hyper), Adam(D.parameters(), c.lr_d, **hyper)
@@ -1593,7 +1572,7 @@ def main(argv=None):
     commands = {"generate": generate, "interpolate": interpolate, "info": info}
     try:
         if command in commands:
-            with explained(None, full="not enough memory: draw fewer --seeds at once"):
+            with explained(None):
                 return commands[command](rest) or 0
         given = read_options(rest if command == "train" else [command, *rest])
         data, fetch = given.get("data", ""), given.get("download", "")

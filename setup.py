@@ -32,7 +32,7 @@ def environment_paths():
     """Yield the sys.path of each environment that this may be an installation into; not that of pip's build."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")}
     pythons = [sys.executable]
-    if sys.prefix.startswith(os.path.realpath(tempfile.gettempdir())):  # python -m build; pip runs the target's own
+    if Path(tempfile.gettempdir()).resolve() in Path(sys.prefix).resolve().parents:  # python -m build
         pythons += [f"{os.environ[v]}/bin/python" for v in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(v)]
     for python in pythons:
         ask = "import sys, json; print(json.dumps([sys.version_info[:2], sys.path]))"
@@ -117,12 +117,9 @@ def kernels():
     if asked not in ("auto", "cpu", "off", "require"):
         raise SystemExit(f"DCGAN_KERNELS is auto, cpu, off or require; got {asked!r}")
     if asked == "off" or not expose("torch"):
+        why = "DCGAN_KERNELS=off" if asked == "off" else "this build sees no torch (uv: --no-build-isolation)"
         for kind in KINDS:
-            say(
-                kind,
-                "left out: "
-                + ("DCGAN_KERNELS=off" if asked == "off" else "this build sees no torch (uv: --no-build-isolation)"),
-            )
+            say(kind, f"left out: {why}")
         return [], {}
     build, extensions = load_build(), []
     for kind in KINDS:

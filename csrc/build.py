@@ -75,11 +75,17 @@ def check_torch():
         )
 
 
+def words_of_cxx():
+    """-> compiler and flags, without a launcher: of "ccache g++ -m64" g++ and -m64."""
+    launchers = ("ccache", "sccache", "distcc")
+    return [word for word in os.environ.get("CXX", "").split() if os.path.basename(word) not in launchers]
+
+
 def find_compiler():
     """-> the C++ compiler: what CXX names, else the usual ones."""
     if sys.platform == "win32":
         raise CannotBuild("the fused kernels are not written for Windows: work in WSL, or leave --fused out")
-    named = os.environ.get("CXX", "").split()[:1]
+    named = words_of_cxx()[:1]
     found = [c for c in named or ("c++", "g++", "clang++") if shutil.which(c)]
     if not found:
         raise CannotBuild(
@@ -92,11 +98,10 @@ def find_compiler():
 def use_compiler():
     """Let torch and setuptools find that compiler, and ninja of this environment."""
     cxx = find_compiler()
-    words = os.environ.get("CXX", "").split()
-    if len(words) > 1:  # "g++ -m64", "ccache g++": torch takes CXX for the name of one program
-        cxx = next((w for w in words if w[0] != "-" and w not in ("ccache", "sccache", "distcc")), cxx)
+    if flags := words_of_cxx()[1:]:  # torch takes all of CXX for the name of one program
+        os.environ["CXXFLAGS"] = " ".join([*flags, os.environ.get("CXXFLAGS", "")])
+    if os.environ.get("CXX"):
         os.environ["CXX"] = cxx
-        os.environ["CXXFLAGS"] = " ".join([w for w in words if w[0] == "-"] + [os.environ.get("CXXFLAGS", "")])
     if not shutil.which("c++"):  # which torch calls where CXX is not set
         os.environ.setdefault("CXX", cxx)
     if not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]):

@@ -46,7 +46,8 @@ def load(kind):
     path, _ = find(kind)
     path = str(path or build_here(kind))
     if kind == "cpu" and hasattr(torch.ops.dcgan, "bn_leaky_relu") and path not in torch.ops.loaded_libraries:
-        raise Unavailable(f"this process has loaded another copy of these kernels, so {path} cannot be: use that one")
+        what = f"this process has loaded another copy of these kernels, so {path} cannot be"
+        raise Unavailable(f"{what}: import dcgan_ops or csrc from one folder only, or leave --fused out")
     loader = ExtensionFileLoader(f"{__package__}._{kind}", path)
     try:
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
@@ -115,7 +116,7 @@ def _roots():
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions"
     )
-    return [HERE / "_build", *([Path(cache) / "dcgan_ops"] if os.path.isabs(cache) else [])]  # "~": there is no home
+    return [HERE / "_build", *([Path(cache) / "dcgan_ops"] if cache[0] != "~" else [])]  # "~": there is no home
 
 
 def find(kind):
@@ -149,13 +150,13 @@ def covers(architectures):
 def _writable(folder, lock):
     """Whether files can be made in the folder, and the lock in it be had, which may be of another user, or on a file
     system without locks."""
-    from filelock import FileLock, Timeout  # comes with torch
+    from filelock import FileLock  # comes with torch
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        with contextlib.suppress(Timeout), FileLock(folder / lock, timeout=0):  # held by another build: it can be had
-            pass
+        (folder / lock).open("a").close()
+        with tempfile.TemporaryDirectory(dir=folder) as probe, FileLock(os.path.join(probe, "lock"), timeout=0):
+            pass  # nobody else's: if it cannot be had (Timeout is an OSError), there are no locks here
     except (OSError, NotImplementedError):
         return False
     return True

@@ -619,7 +619,7 @@ def test_no_room_on_the_device_is_one_line_that_says_what_to_do(device, small, r
 def test_no_room_for_drawn_pictures_is_one_line_too(command, trained, run_main, monkeypatch):
     monkeypatch.setattr(dcgan, "grid", lambda *_, **__: bytearray(1 << 60))
     line = one_line(run_main(command, trained.folder, "--seeds", "0-3"))
-    assert "fewer --seeds" in line and "batch-size" not in line
+    assert "not enough memory" in line and "draw fewer --seeds" in line
 
 
 def test_an_error_of_the_program_is_not_called_a_lack_of_memory(small, monkeypatch, tmp_path):

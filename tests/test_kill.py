@@ -153,6 +153,7 @@ def test_a_cache_build_with_many_workers_is_killed_and_built_again(start, tmp_pa
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")
 def test_the_workers_of_a_killed_build_go_with_it(start, tmp_path, data):
     """They would wait for ever at a pipe that nobody reads, hundreds of megabytes each."""
     argv = again(tmp_path, data, tmp_path / "cache", "--workers 2 --image-size 64")
@@ -176,7 +177,8 @@ def test_the_workers_of_a_killed_build_go_with_it(start, tmp_path, data):
     assert not any(map(alive, workers))
 
 
-@pytest.mark.parametrize("how", ["forkserver", "spawn"])  # Python's own choice from 3.14 on; on macOS and Windows
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")
+@pytest.mark.parametrize("how", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])  # Python 3.14's, macOS'
 def test_workers_that_were_not_forked_go_with_a_killed_build_too(how, tmp_path):
     """Their parent is not the run, but a server of forks that outlives it."""
     script = tmp_path / "script.py"
@@ -203,10 +205,11 @@ def test_workers_that_were_not_forked_go_with_a_killed_build_too(how, tmp_path):
         half, until = tmp_path / "cache", time.monotonic() + 60
         while not any(file.stat().st_size for file in half.glob(".*.half")) and time.monotonic() < until:
             time.sleep(0.05)
-        assert len(left()) > 2  # the workers, and with forkserver that
+        assert any(half.glob(".*.half"))
+        assert len(left()) > 2  # the run and its workers
         run.kill()
         run.wait()
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while left() and time.monotonic() < until:
             time.sleep(0.05)
         assert left() == []
