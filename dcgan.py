@@ -847,9 +847,7 @@ def load_pictures(c):
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
     cache.mkdir(parents=True, exist_ok=True)
     found = read_index(array, index)
-    with (
-        contextlib.nullcontext() if found else FileLock(cache / ".lock")
-    ):  # one decodes; the lock of a dead one is free
+    with contextlib.nullcontext() if found else FileLock(cache / ".lock"):  # one decodes; a dead one's lock is free
         found = facts = found or read_index(array, index)  # it may be there by now
         if not found:
             for half in cache.glob(".*.half"):  # of one that was killed
