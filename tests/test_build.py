@@ -161,27 +161,35 @@ def test_no_compiler_is_one_line(project, tmp_path):
     assert "cpu: no kernels yet; no C++ compiler found" in said
 
 
-def test_a_compiler_of_another_name_is_what_torch_will_call(monkeypatch, tmp_path):
+@pytest.fixture
+def only(monkeypatch, tmp_path):
+    """-> a function that leaves these programs on the PATH, all empty; what use_compiler sets is undone at the end."""
+
+    def leave(*names):
+        for name in names:
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        for name in ("CC", "CXX", "CXXFLAGS", "LDSHARED"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+
+    return leave
+
+
+def test_a_compiler_of_another_name_is_what_torch_will_call(only):
     """torch calls c++ where CXX names none: here there is only a clang++."""
-    for name in ("clang++", "cc", "gcc"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("CC", "CXX", "LDSHARED"):  # set first, so that what use_compiler sets is undone at the end
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+    only("clang++", "cc", "gcc")
     build.use_compiler()
     assert os.environ["CXX"] == "clang++"
 
 
 @pytest.mark.parametrize("cxx", ["g++ -isystem /x", "ccache g++ -isystem /x", "/usr/bin/ccache g++ -isystem /x"])
-def test_a_compiler_with_flags_or_a_launcher_is_taken_apart(cxx, monkeypatch, tmp_path):
+def test_a_compiler_with_flags_or_a_launcher_is_taken_apart(cxx, only, monkeypatch):
     """torch takes CXX for the name of one program."""
-    for name in ("g++", "cc"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    for name, value in (("PATH", str(tmp_path)), ("CXX", cxx), ("CXXFLAGS", "-g")):
-        monkeypatch.setenv(name, value)
+    only("g++", "cc", "gcc")
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setenv("CXXFLAGS", "-g")
     build.use_compiler()
     assert os.environ["CXX"] == "g++" and os.environ["CXXFLAGS"].split() == ["-isystem", "/x", "-g"]
 
@@ -231,7 +239,7 @@ def test_another_csrc_beside_dcgan_py_is_not_ours(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("where, asked", [("/scratch/build-env-x", True), ("/opt/venv", False), ("/scratched", False)])
-def test_an_active_environment_is_asked_only_where_the_build_has_one_of_its_own(where, asked, monkeypatch, tmp_path):
+def test_an_active_environment_is_asked_only_where_the_build_has_one_of_its_own(where, asked, monkeypatch):
     """pip runs the Python that it installs for; conda's base, active beside it, is another."""
     spec = importlib.util.spec_from_file_location("other_setup", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
