@@ -388,7 +388,7 @@ class Block(nn.Module):
         row, layer, bn = self.row, self.layer, self.bn
         weight = layer.weight if weight is None else weight
         if self.scale is not None:
-            x = x * (1 + self.scale(z))[:, :, None, None]
+            x = x * (1 + self.scale(z))[..., None, None]
         if row.kind == "dense":
             x = F.linear(x.flatten(1), weight, layer.bias)
         elif row.kind == "conv":

@@ -3,7 +3,7 @@
 #define AS_TEXT_(...) #__VA_ARGS__  // a list of architectures has commas
 #define AS_TEXT(...) AS_TEXT_(__VA_ARGS__)
 
-static const char facts[] =
+[[gnu::used]] static const char facts[] =  // used: whole in the file, though only its end is used below
     "dcgan-ops-facts {\"sources\": \"" AS_TEXT(DCGAN_SOURCES) "\", \"compiler\": \"" __VERSION__
     "\", \"cuda\": \"" AS_TEXT(DCGAN_CUDA) "\", \"architectures\": \"" AS_TEXT(DCGAN_ARCHITECTURES)
     "\", \"torch_target\": \"" AS_TEXT(TORCH_TARGET_VERSION) "\", \"built_with_torch\": \"" AS_TEXT(DCGAN_TORCH)
