@@ -471,8 +471,8 @@ class Discriminator(nn.Module):
                 if WORLD > 1:  # so that all have one p, which the checkpoint of the first can hold
                     dist.all_reduce(sign)
                 self.sure += 0.005 * (sign / WORLD - self.sure)
-                self.p += torch.sign(self.sure - self.TARGET) * (self.config.batch_size / self.SLOW)
-                self.p.clamp_(0, self.MOST)
+                way = torch.sign(self.sure - self.TARGET) * (self.config.batch_size / self.SLOW)
+                self.p.copy_((self.p + way).clamp(0, self.MOST))  # at once: compiled by torch 2.11 a clamp_ is lost
         return logits
 
 
@@ -584,7 +584,7 @@ def key(*parts):
 
 def say(*lines):
     """Print, on the first process only, and above the progress bar if there is one."""
-    if RANK == 0:
+    if RANK == 0 and sys.stdout:  # None: closed
         code = sys.stdout.encoding or "utf-8"  # names of files can hold what the terminal cannot show
         with contextlib.suppress(OSError):  # a terminal or pipe that has gone stops no run
             tqdm.write("\n".join(lines).encode(code, errors="replace").decode(code), file=sys.stdout)
@@ -593,7 +593,8 @@ def say(*lines):
 
 def progress(total, what, unit, initial=0):
     """A tqdm bar; silent where the output is no terminal and on all processes but the first."""
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=RANK > 0 or None, dynamic_ncols=True)
+    silent = RANK > 0 or not sys.stderr or None  # None: tqdm asks
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=silent, dynamic_ncols=True)
 
 
 @contextlib.contextmanager
@@ -1163,6 +1164,7 @@ def open_run(c):
         return c, None
     with reading(folder / "config.json"):
         old = saved_config(json.loads((folder / "config.json").read_text()))
+    given -= set() if c.noise_steps else {"noise_steps"}  # 0: all steps of a new run, of which there were some
     asked = {name: getattr(c, name) for name in given | {"run", "resume", "time_limit"}}
     lengths = {"steps": 0} if "epochs" in given else {}  # as in config
     c = dataclasses.replace(old, **lengths | asked)
@@ -1181,7 +1183,9 @@ def open_run(c):
 def claim(c):
     """with claim(c): makes --download, names c.run, and makes this job the only one that trains in that folder."""
     c.data = download(c.download, c.data) if c.download else c.data
-    c.run = c.run or f"runs/{c.preset}-{Path(c.data).resolve().stem if c.data else 'drawn'}"
+    c.data = c.data and os.path.abspath(c.data)  # --resume may come from another folder
+    name = os.path.basename(c.data) if os.path.isdir(c.data) else Path(c.data).stem  # without .zip
+    c.run = c.run or f"runs/{c.preset}-{name or 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
     for name in ("data", "cache"):
@@ -1236,6 +1240,8 @@ def set_up(c):
     """-> the run as one namespace: c, folder, device, pictures, G, D, ema, opt_g, opt_d, graphed; step and total, the
     last step; stateful, what a checkpoint holds; sums, of METRICS since the last report and in this epoch.
     `rewind` adds rows, the lines of the log, and variety; `loop` adds reported, step and moment of the last line."""
+    if not hasattr(torch.nn.utils, "get_total_norm"):
+        raise UserError(f"torch 2.6 or later is needed, this is {torch.__version__}: pip install -U torch torchvision")
     given = c.given
     c, saved = open_run(c)
     device = choose_device(c.device)
@@ -1295,7 +1301,8 @@ def choose_step(run):
 
 
 def save_generator(run, path):
-    save(path, step=run.step, config=dataclasses.asdict(run.c), G=(run.ema or run.G).state_dict())
+    config = dataclasses.asdict(run.c) | dict.fromkeys(("data", "run", "cache"), "")  # such files are given away
+    save(path, step=run.step, config=config, G=(run.ema or run.G).state_dict())
 
 
 def save_run(run):
