@@ -138,6 +138,13 @@ def test_every_source_is_hashed(project, kind):
     assert set(build.SOURCES[kind]) <= changed and included <= changed
 
 
+def test_other_flags_are_other_kernels(monkeypatch):
+    for name in ("CXX_FLAGS", "NVCC_FLAGS"):
+        before = [build.source_hash(kind) for kind in build.SOURCES]
+        monkeypatch.setattr(build, name, [*getattr(build, name), "-O1"])
+        assert all(build.source_hash(kind) != old for kind, old in zip(build.SOURCES, before, strict=True))
+
+
 def test_a_stale_library_is_passed_by(project):
     ops.load("cpu")
     path, _ = ops.libraries.find("cpu")

@@ -146,6 +146,25 @@ def test_a_config_that_cannot_be_is_refused_from_python_too(wrong, said):
     assert dcgan.config(lr_g=1).lr_g == 1  # a whole number is a fine rate
 
 
+def test_none_of_what_there_must_be_one_of_is_refused():
+    for name in ["nz", "ngf", "ndf", "batch_size", "epochs", "samples", "sample_every", "report_every", "keep"]:
+        with pytest.raises(dcgan.UserError, match=f"{name} is 0"):
+            dcgan.config(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["ema", "beta1", "beta2"])
+def test_a_mean_that_would_never_move_is_refused(name):
+    assert dcgan.config(**{name: 0.99999})
+    with pytest.raises(dcgan.UserError, match=name):
+        dcgan.config(**{name: 1})
+
+
+def test_true_is_no_number_and_a_seed_may_be_negative():
+    with pytest.raises(dcgan.UserError, match="nz is True"):
+        dcgan.config(nz=True)
+    assert dcgan.config(seed=-5).seed == -5
+
+
 @pytest.fixture
 def chosen(monkeypatch):
     """-> what main would have trained: a list of Configs."""
@@ -332,6 +351,47 @@ def test_on_a_terminal_a_bar_shows_the_numbers(small, run_main, monkeypatch):
     assert all(word in text for word in ("D(x)", "D(G(z))", "img/s", "6/6"))
     assert re.search(r"D [0-9.]+, G [0-9.]+", text) or ("D=" in text and "G=" in text)
     assert re.search(r"\d\d:\d\d<\d\d:\d\d", text)  # time gone and time left
+
+
+@pytest.mark.parametrize("n", [47, 48, 49, 97, 150])
+def test_how_a_run_grew_ends_with_its_last_grid(n, tmp_path):
+    (tmp_path / "samples").mkdir()
+    for i in range(n):
+        Image.new("L", (2, 2), i + 1).save(tmp_path / f"samples/step_{i:06d}.png")
+    dcgan.save_growth(tmp_path)
+    frames = [f.convert("L").getpixel((0, 0)) for f in ImageSequence.Iterator(Image.open(tmp_path / "samples.gif"))]
+    assert n / 4 < len(frames) <= 48 and frames[-1] == n and frames == sorted(frames)
+
+
+def test_gifs_go_round_for_ever(tmp_path):
+    dcgan.save_gif([Image.new("RGB", (4, 4), color) for color in ("red", "blue")], tmp_path / "a.gif", 60)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.info["loop"] == 0 and gif.info["duration"] == 60
+
+
+def test_the_curves_rise_where_the_numbers_do(tmp_path):
+    rows = [dict(step=i, loss_d=i / 10, loss_g=1.0, d_x=i / 20, d_gz=0.0) for i in range(21)]
+    dcgan.save_curves(rows, tmp_path / "x.png")
+    x = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
+    red = (x[..., 0] > 150) & (x[..., 1] < 90) & (x[..., 2] < 90)
+    for top, bottom in ((25, 235), (285, 495)):  # loss_d above, D(x) below: from the lowest line to the highest
+        left, right = (np.nonzero(red[top:bottom, column])[0].mean() for column in (60, 860))
+        assert left > right + 150
+
+
+def test_the_rate_is_in_pictures_a_second(tiny, monkeypatch):
+    now, plain = [0.0], dcgan.train_step
+    monkeypatch.setattr(dcgan, "train_step", lambda *a: now.__setitem__(0, now[0] + 2) or plain(*a))
+    monkeypatch.setattr(dcgan, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
+    c = tiny(steps=4, report_every=2)
+    assert dcgan.train(c) == 0 and [row["img_s"] for row in log_of(Path(c.run))] == [c.batch_size / 2] * 2
+
+
+def test_a_folder_with_a_dot_in_its_name_keeps_what_follows_it(small, run_main, faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(faces, "faces.v2")
+    assert run_main(*small("--data", "faces.v2", "--run", "", "--steps", 1)).code == 0
+    assert (tmp_path / "runs" / "best-faces.v2" / "generator.pt").exists()
 
 
 def test_python_may_call_what_the_command_line_calls(tiny, capsys):
@@ -629,6 +689,19 @@ def test_an_error_of_the_program_is_not_called_a_lack_of_memory(small, monkeypat
     monkeypatch.setattr(dcgan, "train_step", train_step)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         dcgan.main([str(word) for word in small("--run", tmp_path / "run", "--steps", 1)])
+
+
+def test_closed_output_stops_no_run(tiny, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert dcgan.train(tiny(steps=2)) == 0 and dcgan.main(["info"]) == 0
+
+
+def test_torch_too_old_is_one_line(tiny, monkeypatch):
+    monkeypatch.delattr(torch.nn.utils, "get_total_norm")
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    with pytest.raises(dcgan.UserError, match="torch 2.6 or later is needed, this is 2.5.1: pip install -U torch"):
+        dcgan.train(tiny())
 
 
 def test_a_pipe_that_closes_stops_no_run(small, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import io
+import itertools
 import json
 import os
 import shutil
@@ -516,6 +517,11 @@ def test_every_colour_mode_and_odd_picture_is_read_right(name, nc):
     assert apart(x, pixels(expected, nc)) <= rounding + (nc == 1)
 
 
+def test_what_is_no_number_in_a_picture_is_black():
+    x = np.array([[0.0, 1.0], [np.nan, np.inf]], np.float32)
+    assert decode(in_bytes(Image.fromarray(x), "TIFF"), nc=1).tolist() == [[[0, 255], [0, 0]]]
+
+
 @pytest.mark.parametrize("nc", [3, 1])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -855,6 +861,16 @@ def test_the_cache_notices_a_change(change, kind, tmp_path, config):
     assert len(after) == len(list(path.iterdir()))
 
 
+def test_a_file_of_another_size_is_noticed_though_its_time_is_the_same(tmp_path, config):
+    keys, file = set(), tmp_path / "pictures" / "0.png"
+    file.parent.mkdir()
+    for size in (20, 40):
+        file.write_bytes(in_bytes(picture(1, size, size)))
+        os.utime(file, (1, 1))
+        keys.add(dcgan.Pictures(config(file.parent)).key)
+    assert len(keys) == 2
+
+
 def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, config):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
@@ -863,6 +879,15 @@ def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, config):
         os.utime(file, (1, 1))  # as some archivers leave them
     a, b = (dcgan.load_pictures(config(tmp_path / name)) for name in "ab")
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n, given, expected", [(511, -1, 0), (512, -1, 3), (512, 0, 0), (4, 2, 2)])
+def test_many_pictures_are_decoded_by_a_process_for_each_core(n, given, expected, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5}, raising=False)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or [])
+    dcgan.decode_all(range(n), dcgan.config(workers=given), tmp_path / "a", tmp_path / "b")
+    assert asked == [expected]
 
 
 def test_a_decoder_process_reads_what_the_main_process_reads(tmp_path, config):
@@ -1037,6 +1062,16 @@ def test_noise_falls_linearly_to_nothing_or_stays(steps, at, std, tiny):
 # ---------------------------------------------------------------------------------------- download
 
 
+def test_every_seed_step_and_turn_has_random_numbers_of_its_own(tiny):
+    pictures, found = dcgan.load_pictures(tiny()), []
+    for seed, step in itertools.product((0, 1), (6, 7)):
+        c = tiny(seed=seed, noise=0.1, noise_steps=-1, dropout=0.1)
+        _, z, noise = dcgan.draw_inputs(c, pictures, step, torch.device("cpu"))
+        found += [z.flatten(0, 1), noise.flatten(0, 1).flatten(1)[:, :8], torch.rand(1, 8)]  # rand: as dropout draws
+    found = torch.cat(found)
+    assert len(found.unique(dim=0)) == len(found) == 4 * (2 * 4 + 3 * 4 + 1)
+
+
 @pytest.mark.parametrize("name", ["celeba", "mnist"])
 def test_a_download_that_cannot_be_says_what_to_do_by_hand(name, tmp_path, monkeypatch):
     def no_quota(*_, **__):
@@ -1056,7 +1091,7 @@ def test_from_python_a_download_is_made(tiny, tmp_path, monkeypatch, faces, data
     monkeypatch.setattr(dcgan, "download", lambda name, root: asked.append((name, root)) or str(faces))
     c = tiny(steps=1, data=data, download="celeba")
     assert dcgan.train(c) == 0 and asked == [("celeba", data)]
-    assert dcgan.load(Path(c.run) / "generator.pt")["config"].data == str(faces)
+    assert dcgan.load(Path(c.run) / "checkpoint.pt")["config"].data == str(faces)
 
 
 @pytest.mark.parametrize("fetch, preset", [("mnist", "mnist"), ("celeba", "best")])

@@ -9,11 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_child
 
 import dcgan
 from runs import leftovers, rows, same, same_run, saved
@@ -387,6 +390,26 @@ def test_a_time_limit_holds(start, tmp_path, data, whole):
     run = start(command(tmp_path, data, whole / "cache", "--time-limit 1s"), "slow_steps:0.25")
     assert run.wait(60) == 0, run.output
     assert 1 <= saved(tmp_path / "run" / "checkpoint.pt")["step"] < 12
+
+
+@pytest.mark.parametrize("limit, seconds", [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5h", 5400)])
+def test_a_time_limit_has_its_unit(limit, seconds, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(dcgan, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
+    with dcgan.stopping(limit) as code:
+        for now[0], expected in ((seconds - 1, None), (seconds + 1, 0)):
+            assert code() == expected
+
+
+def test_a_signal_that_comes_again_just_after_the_end_kills_nobody():
+    def work():
+        with dcgan.stopping("") as code:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert code() == 143
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(0.3)
+
+    assert in_child(work)[0] == 0
 
 
 def test_signals_are_given_back_when_train_returns_or_raises(arguments, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import PRESETS, differing, state
+from conftest import PRESETS, differing, load_kernels, state
 
 import csrc.graph
 import dcgan
@@ -200,6 +200,64 @@ def test_the_shapes_of_a_step_are_one_shape_or_broadcast_to_it_when_the_noise_en
     for x, y in zip(first, later, strict=True):
         x.copy_(y)
     assert first[2].any() == 0 and first[2].shape[0] == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_takes_the_ops_of_csrc_and_nothing_else_does(fused, start):
+    ops = dcgan.fused_ops()
+    load_kernels(ops, "cpu")
+    run, expected = start("regularized", "run", fused=fused), ops if fused else dcgan.PLAIN
+    for held in (run.D.ops, *(block.ops for net in (run.G, run.D) for block in net.blocks)):
+        assert held.bn_leaky_relu is expected.bn_leaky_relu and held.spectral_norm is expected.spectral_norm
+
+
+def test_compile_compiles_both_networks(start, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda net, **_: seen.append(net) or net)
+    run = start("classic", "run", compile=True)
+    dcgan.choose_step(run)
+    assert seen == [run.G, run.D]
+
+
+def test_a_graphed_run_steps_by_what_graphed_gives(start):
+    run = start("classic", "run")
+    run.graphed = lambda step, inputs, parts: (step, len(inputs), [*parts])
+    step, inputs, parts = dcgan.choose_step(run)
+    assert step.func is dcgan.train_step and inputs == 4 and parts == [*run.stateful.values()]
+
+
+@pytest.mark.parametrize("has, auto", [((True, False), "bf16"), ((False, True), "bf16"), ((False, False), "fp32")])
+def test_auto_is_bf16_where_the_processor_multiplies_it(has, auto, monkeypatch):
+    for name, value in zip(("avx512_bf16", "amx_tile"), has, strict=True):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=value: value, raising=False)
+    cpu = torch.device("cpu")
+    assert dcgan.choose_precision("auto", cpu) == auto and dcgan.choose_precision("fp32", cpu) == "fp32"
+
+
+@pytest.mark.parametrize("capability, auto", [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_is_bf16_from_ampere_on(capability, auto, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dcgan.choose_precision("auto", torch.device("cuda")) == auto
+
+
+def test_a_process_takes_the_gpu_of_its_own_on_its_machine(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(dcgan, "RANK", 11)  # the fourth process of the second machine
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(()))
+    assert dcgan.choose_device("cuda") == torch.device("cuda:3")
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_deterministic_asks_torch_for_it(on, tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends, "cudnn", types.SimpleNamespace())
+    monkeypatch.setattr(torch.backends, "cuda", types.SimpleNamespace(matmul=types.SimpleNamespace()))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what is set here is undone
+    dcgan.tune(tiny(deterministic=on), torch.device("cuda:0"))
+    assert asked == [True] * on and torch.backends.cudnn.benchmark is not on
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_graph_without_cuda_is_refused_in_one_line(arguments_of, run_main):

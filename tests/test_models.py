@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import PRESETS, differing, state
 from torch import nn
@@ -321,6 +322,29 @@ def test_what_d_sees_is_augmented_in_training_alone():
     assert (D.train()(x) - plain.train()(x)).abs().max() > 1e-3
 
 
+def test_p_stays_between_its_limits_which_are_these():
+    _, _, D = networks("best", augment=True, ngf=8, ndf=8)
+    assert (D.TARGET, D.MOST, D.SLOW) == (0.5, 0.8, 50_000)
+    x = torch.randn(4, 3, 64, 64)
+    for sure, p, expected in ((-1.0, 0.0, 0.0), (2.0, 0.8, 0.8)):
+        D.sure.fill_(sure)
+        D.p.fill_(p)
+        D(x, groups=2)
+        assert D.p.item() == pytest.approx(expected)
+
+
+def test_p_of_two_processes_moves_by_their_mean(monkeypatch):
+    _, _, D = networks("best", augment=True, ngf=8, ndf=8)
+    x, moved = torch.randn(4, 3, 64, 64), []
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.mul_(2))  # both say the same
+    for world in (1, 2):
+        monkeypatch.setattr(dcgan, "WORLD", world)
+        D.sure.zero_()
+        D(x, groups=2)
+        moved.append(D.sure.item())
+    assert moved[0] == moved[1] != 0
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_size_that_cannot_work_says_which_sizes_can(preset):
     with pytest.raises(dcgan.UserError) as e:
@@ -353,6 +377,13 @@ def test_pictures_and_g_have_one_range(preset):
 
 
 # ---------------------------------------------------------------------------------------- first weights
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pictures_leave_g_in_fp32_under_autocast(preset):
+    c, G, _ = networks(preset, ngf=8, ndf=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert G(torch.randn(2, c.nz)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("preset", ["classic", "regularized"])

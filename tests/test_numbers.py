@@ -92,7 +92,7 @@ def test_how_far_d_is_ahead_is_seen_with_every_kind_of_loss(capsys, loss, real_l
 
 def test_g_has_collapsed_is_said_with_a_hint(capsys):
     one, four_kinds = pictures(60)[:1].expand(16, -1, -1, -1), pictures(60, 4).repeat(4, 1, 1, 1)
-    for x in pictures(0), pictures(2), one, four_kinds:
+    for x in pictures(0), pictures(2), pictures(15), one, four_kinds:
         out = said(capsys, losses(), x)
         assert out.startswith("step 400: ") and "G has collapsed" in out and out.count("\n") == 1
         assert "snapshot" in out and hints(out)

@@ -6,6 +6,7 @@ place of the result at its scale.  On CUDA, where both sum in fp32, each in its 
 """
 
 import copy
+import functools
 import itertools
 import random
 
@@ -340,6 +341,16 @@ def test_bn_gradcheck(device, training):
         return ops.bn_leaky_relu(x, weight, bias, mean.clone(), var.clone(), training, 0.1, 1e-5, 0.2, 2)
 
     assert torch.autograd.gradcheck(function, (x, vector(), vector()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", [7, 64])  # fewer than 8 values in a line go another way than the rest
+def test_bn_reads_and_writes_each_number_of_16_bits(device, dtype, side):
+    x = torch.arange(2**16).to(torch.int16).view(dtype)
+    x = torch.cat([x, x[: -len(x) % side]]).view(-1, 1, side, 1).to(device)
+    mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
+    y = ops.bn_leaky_relu(x, None, None, mean, var, False, 0.1, 0.0, 1.0)
+    torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------------------ spectral_norm
@@ -727,6 +738,29 @@ def test_sn_errors(device):
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.spectral_norm(*args, 1e-12, True)
+
+
+@pytest.mark.parametrize("name", ["bias", "running_mean", "running_var"])
+def test_bn_vectors_of_another_length_are_named(device, name):
+    with pytest.raises(RuntimeError, match=rf"{name} must have shape \(4,\).*got \(5\)"):
+        ops.bn_leaky_relu(*bn_args(device, **{name: torch.ones(5, device=device)}))
+
+
+def test_v_of_another_length_is_named(device):
+    weights, us, vs = iteration_state([(4, 3, 2, 2), (5, 7)], device)
+    with pytest.raises(RuntimeError, match=r"a weight of \(5, 7\) needs .* and v of \(7,\); got .* \(8\)"):
+        ops.spectral_norm(weights, us, [vs[0], torch.ones(8, device=device)], 1e-12, True)
+
+
+def test_backward_refuses_what_is_not_of_its_forward(device):
+    weights, us, vs = iteration_state([(4, 3, 2, 2), (5, 7)], device)
+    backward, ones = torch.ops.dcgan.spectral_norm_backward, functools.partial(torch.ones, device=device)
+    with pytest.raises(RuntimeError, match="sigmas must be those"):
+        backward(weights, weights, us, vs, ones(3))
+    with pytest.raises(RuntimeError, match="gradient 1 has shape"):
+        backward([weights[0], ones(6, 7)], weights, us, vs, ones(2))
+    with pytest.raises(RuntimeError, match="dy must be"):
+        torch.ops.dcgan.bn_leaky_relu_backward(ones(7, 4), ones(6, 4), None, None, ones(1, 4), ones(1, 4), True, 0.2, 1)
 
 
 def test_gradients_of_two_dtypes_are_named(device):

@@ -9,7 +9,7 @@ import torch
 import dcgan
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("preset", dcgan.PRESETS)
@@ -26,7 +26,8 @@ def test_the_table_of_shapes_is_what_the_networks_have(preset):
 def test_ci_runs_the_test_command_of_the_readme():
     commands = re.findall(r'^pip install -e "\.\[test\]".*$', README, re.M)
     assert len(commands) == 1 and commands[0].endswith("python -m pytest")
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "command=$(grep -m1 '^pip install -e" in script and 'bash -euo pipefail -c "$command"' in script
 
 
 def test_every_option_in_the_readme_exists():

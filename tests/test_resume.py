@@ -232,7 +232,7 @@ def another(name):
     f, old = dcgan.FIELDS[name], getattr(dcgan.config("demo"), name)
     if f.metadata["choices"]:
         return next(choice for choice in f.metadata["choices"] if choice != old)
-    return {bool: not old, int: 8 if name in ("nz", "ngf", "ndf") else 3, float: 0.123, str: "elsewhere"}[f.type]
+    return {bool: not old, int: 8 if name in ("nz", "ngf", "ndf") else 3, float: 0.123, str: "/elsewhere"}[f.type]
 
 
 def vars_of(argv):
@@ -407,6 +407,12 @@ def test_a_checkpoint_without_its_config_is_not_overwritten(short, arguments, tm
     assert snapshot(run) == before
 
 
+def test_a_config_alone_is_a_run_that_is_not_overwritten(short, arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(short / "config.json", tmp_path / "run")
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 1")) == 2 and "--resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kept", ["snapshots/generator_000004.pt", "samples/step_000004.png"])
 def test_what_is_left_of_a_run_is_not_overwritten(kept, short, arguments, tmp_path, capsys):
     run = tmp_path / "run"
@@ -524,3 +530,47 @@ def test_pictures_that_changed_between_two_starts_are_mentioned(arguments, tmp_p
     out = capsys.readouterr().out
     assert "12" in out and "11" in out, out
     assert saved(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_here(short, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    for name in ("opt_g", "opt_d"):
+        saved[name]["param_groups"][0].update(capturable=True, fused=None)
+    torch.save(saved, run / "checkpoint.pt")
+    run = dcgan.set_up(dcgan.config("demo", run=str(run), resume=True))
+    for group in (run.opt_g.param_groups[0], run.opt_d.param_groups[0]):
+        assert group["fused"] and not group["capturable"]
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_relies_on_it(arguments, tmp_path, monkeypatch):
+    done, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 2 --report-every 1 --sample-every 99")) == 0
+    assert done[done.index(".checkpoint.pt.half") - 1] == "log.jsonl"
+
+
+def test_half_a_snapshot_is_swept(short, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    (run / "snapshots" / ".generator_000099.pt.half").write_bytes(b"half")
+    assert dcgan.main(["--run", str(run), "--resume"]) == 0 and not list(run.rglob("*.half"))
+
+
+def test_it_goes_on_from_any_folder(arguments, tmp_path, data, monkeypatch):
+    shutil.copytree(data, tmp_path / "here" / "pictures")
+    monkeypatch.chdir(tmp_path / "here")
+    assert dcgan.main([*arguments("run", "--steps 2"), "--data", "pictures"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert dcgan.main(["--run", "here/run", "--resume", "--steps", "4"]) == 0
+    given_away = dcgan.load(tmp_path / "here" / "run" / "generator.pt")
+    assert given_away["step"] == 4 and not given_away["config"].data + given_away["config"].run
+
+
+def test_the_command_of_the_start_goes_on_though_it_names_no_length_of_the_noise(arguments, tmp_path, capsys):
+    argv = arguments(tmp_path / "run", "--noise 0.1 --noise-steps 0")
+    assert dcgan.main([*argv, "--steps", "2"]) == 0 and dcgan.main([*argv, "--steps", "4", "--resume"]) == 0
+    assert dcgan.load(tmp_path / "run" / "checkpoint.pt")["config"].noise_steps == 2
+    assert dcgan.main([*argv, "--steps", "4", "--resume", "--noise-steps", "3"]) == 2
+    assert "noise_steps 3: it began with 2" in capsys.readouterr().err

@@ -228,11 +228,17 @@ def test_the_rest_of_each_preset_is_as_in_its_source():
     for preset, row in rows.items():
         c = dcgan.config(preset)
         assert tuple(getattr(c, name) for name in names.split()) == row, preset
-    assert dcgan.config("demo").ema > 0
-    best = dcgan.config("best")
+    best, demo = dcgan.config("best"), dcgan.config("demo")
     assert (best.lr_g, best.lr_d, best.beta1, best.beta2, best.ema) == (5e-4, 1.25e-4, 0.5, 0.99, 0.9999)
     assert best.family == "fine" and best.self_modulation and best.augment
-    assert best.noise_steps == -1
+    assert best.noise_steps == -1 and best.sample_every == 500
+    assert (demo.lr_g, demo.lr_d, demo.ema, demo.batch_size, demo.steps) == (1e-3, 1e-3, 0.998, 32, 2500)
+    assert demo.flips and demo.spectral_norm and demo.sample_every == 250
+
+
+def test_another_seed_has_other_first_weights(tiny, tmp_path):
+    a, b, c = (dcgan.set_up(tiny(seed=seed, run=str(tmp_path / name))) for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    assert not differing(state(a.G, a.D), state(b.G, b.D)) and len(differing(state(a.G), state(c.G))) >= 5
 
 
 # ---------------------------------------------------------------------------------------- who learns from what
