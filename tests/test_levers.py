@@ -135,15 +135,18 @@ def test_a_graph_trains_as_the_plain_step_and_its_capture_changes_nothing(preset
     stand_in = StandIn(play)
     monkeypatch.setattr(csrc.graph, "torch", types.SimpleNamespace(
         cuda=stand_in, no_grad=torch.no_grad, is_tensor=torch.is_tensor))  # fmt: skip
-    before = everything(other)
-    replay = csrc.graph.graphed(stand_in.step, inputs_of(other, begun), other.stateful.values())
+    before, given, found = everything(other), inputs_of(other, begun), []
+    replay = csrc.graph.graphed(stand_in.step, given, other.stateful.values())
     assert len(stand_in.calls) == 4
     after = everything(other)
     assert not differing({n: t for n, t in after.items() if n in before}, before)
     assert not any(t.any() for n, t in after.items() if n not in before)  # Adam's state, as it begins
     for i in range(begun, begun + 5):
-        assert torch.equal(step(*inputs_of(plain, i)), replay(*inputs_of(other, i)))
+        found.append(replay(*inputs_of(other, i)))
+        assert torch.equal(step(*inputs_of(plain, i)), found[-1])
     assert not differing(everything(plain), everything(other))
+    assert len(torch.stack(found).unique(dim=0)) == 5  # the numbers of a step outlive the next one
+    assert all(map(torch.equal, given, inputs_of(other, begun)))  # nothing was copied into what the caller holds
 
 
 def own_words():
