@@ -1164,7 +1164,7 @@ def open_run(c):
         return c, None
     with reading(folder / "config.json"):
         old = saved_config(json.loads((folder / "config.json").read_text()))
-    given -= set() if c.noise_steps else {"noise_steps"}  # 0: all steps of a new run, of which there were some
+    given = given if c.noise_steps else given - {"noise_steps"}  # 0: all steps of a new run, and this one is begun
     asked = {name: getattr(c, name) for name in given | {"run", "resume", "time_limit"}}
     lengths = {"steps": 0} if "epochs" in given else {}  # as in config
     c = dataclasses.replace(old, **lengths | asked)

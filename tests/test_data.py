@@ -1059,9 +1059,6 @@ def test_noise_falls_linearly_to_nothing_or_stays(steps, at, std, tiny):
     assert noise.std().item() == pytest.approx(std, rel=0.03) and abs(noise.mean()) < 0.02
 
 
-# ---------------------------------------------------------------------------------------- download
-
-
 def test_every_seed_step_and_turn_has_random_numbers_of_its_own(tiny):
     pictures, found = dcgan.load_pictures(tiny()), []
     for seed, step in itertools.product((0, 1), (6, 7)):
@@ -1070,6 +1067,9 @@ def test_every_seed_step_and_turn_has_random_numbers_of_its_own(tiny):
         found += [z.flatten(0, 1), noise.flatten(0, 1).flatten(1)[:, :8], torch.rand(1, 8)]  # rand: as dropout draws
     found = torch.cat(found)
     assert len(found.unique(dim=0)) == len(found) == 4 * (2 * 4 + 3 * 4 + 1)
+
+
+# ---------------------------------------------------------------------------------------- download
 
 
 @pytest.mark.parametrize("name", ["celeba", "mnist"])

@@ -376,14 +376,14 @@ def test_pictures_and_g_have_one_range(preset):
     assert y.min() == low and y.max() == 1.0
 
 
-# ---------------------------------------------------------------------------------------- first weights
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pictures_leave_g_in_fp32_under_autocast(preset):
     c, G, _ = networks(preset, ngf=8, ndf=8)
     with torch.autocast("cpu", torch.bfloat16):
         assert G(torch.randn(2, c.nz)).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------- first weights
 
 
 @pytest.mark.parametrize("preset", ["classic", "regularized"])
