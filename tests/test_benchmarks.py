@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,15 @@ def written():
     return {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
 
 
+def ratios(printed, unit):
+    """-> [(the ratio of a row's table, the same from the figures beside it)]; the first row is what all are against."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if line.startswith("| ")]
+    head = next(line for line in lines if unit in line)
+    rows = [dict(zip(head, line, strict=True)) for line in lines if len(line) == len(head) and line != head]
+    against = next(name for name in head if name.startswith("x "))
+    return [(float(row[against]), float(rows[0][unit]) / float(row[unit])) for row in rows]
+
+
 @pytest.mark.parametrize("script", ["step.py", "data.py", "generate.py"])
 def test_a_quick_run_works_and_writes_nothing(script, tmp_path):
     before = written()
@@ -31,6 +42,17 @@ def test_a_quick_run_works_and_writes_nothing(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "reference" in done.stdout or "ImageFolder" in done.stdout
     assert written() == before and list(tmp_path.iterdir()) == []
+    if script == "data.py":  # a rate, of which more is better; two rounds, whose ratios it takes the median of
+        per_round = {}
+        for name, rate in re.findall(r"round \d: (.*): ([\d,]+) a CPU second", done.stdout):
+            per_round.setdefault(name, []).append(float(rate.replace(",", "")))
+        first = next(iter(per_round.values()))
+        expected = [statistics.median(a / b for a, b in zip(x, first, strict=True)) for x in per_round.values()]
+        pairs = zip((ratio for ratio, _ in ratios(done.stdout, "pictures a CPU second")), expected, strict=True)
+    else:  # milliseconds, of which fewer are better; one round
+        pairs = ratios(done.stdout, "ms a step" if script == "step.py" else "ms")
+    for ratio, expected in pairs:
+        assert ratio == pytest.approx(expected, rel=0.01, abs=0.006)  # by figures that are rounded
 
 
 def test_too_few_pictures_to_measure_are_one_line(tmp_path):
@@ -173,3 +195,16 @@ def test_a_run_is_asked_what_it_makes_of_jpeg(tiny, faces, cache, capsys):
     rows = [line for line in said.splitlines() if line.startswith("|")]
     assert len(rows) == 6 and all(word in said for word in ("| fakes after JPEG |", "taken for real", "JPEG is"))
     assert sorted(run.rglob("*")) == before
+
+
+def test_the_share_of_jpeg_is_a_share_of_what_d_sees_between_pictures_and_fakes(tiny, capsys, monkeypatch):
+    c = tiny("best")
+    levels = {"pictures": 2.0, "the same after JPEG": 3.0, "fakes": -1.0, "fakes after JPEG": 0.0}
+    found = {row: torch.tensor([level - 1, level + 1]) for row, level in levels.items()}
+    monkeypatch.setattr(compression, "logits", lambda *_: found)
+    monkeypatch.setattr(compression, "load_discriminator", lambda _: (dcgan.Discriminator(c), 0))
+    monkeypatch.setattr(compression.dcgan, "load_generator", lambda _: None)
+    compression.main([c.run, "--data", c.data, "--cache", c.cache])
+    said = capsys.readouterr().out
+    assert "fakes, JPEG is 25%." in said  # 3 - 2 of 3 - -1
+    assert "| the same after JPEG | 0.93 | 3.00 | 1.00 |" in said and "| fakes | 0.31 | -1.00 | 0.00 |" in said
