@@ -699,13 +699,6 @@ def read_idx(path):
     return np.frombuffer(body, np.uint8).reshape(n, h, w)
 
 
-def file_info(path):
-    try:
-        return os.stat(path)
-    except OSError:
-        return os.lstat(path)  # a link to nothing
-
-
 def list_files(root):
     """-> the sorted names of all files below root, except in run folders, whose samples are not data.  Opens none."""
     found, seen = [], set()
@@ -759,7 +752,8 @@ class Pictures(torch.utils.data.Dataset):
                 raise UserError(f"--data {c.data}: no such file or folder; give a folder or .zip of pictures")
             self.kind = "folder" if self.root.is_dir() else "idx" if find_idx(self.root) else "zip"
             files = [os.path.join(self.root, name) for name in self.names] if self.kind == "folder" else [self.root]
-            facts = [(str(file), (info := file_info(file)).st_size, info.st_mtime_ns) for file in files]
+            infos = [os.stat(file, follow_symlinks=os.path.exists(file)) for file in files]  # or of a link to nothing
+            facts = [(str(file), info.st_size, info.st_mtime_ns) for file, info in zip(files, infos, strict=True)]
         self.key = f"{key(FORMAT, 'NHWC', self.kind, c.image_size, c.nc, c.fit, PIL.__version__, facts):016x}"
 
     @functools.cached_property
