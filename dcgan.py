@@ -616,22 +616,20 @@ def written_whole(path):
     """with written_whole(path) as file: an atomic write.  The binary file gets its name once it is wholly on
     the disk: a reader finds the old one or the new one, never a part."""
     half = path.with_name(f".{path.name}.half")
-    try:
+    with explained(f"cannot write {path}; what stood there before is intact", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        for wait in (0.1, 0.5, 2):  # Windows replaces no file that a viewer or a virus scanner has open
-            with contextlib.suppress(PermissionError):
-                return os.replace(half, path)
-            time.sleep(wait)
-        os.replace(half, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; what stood there before is intact") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone already, if all went well
-            half.unlink()
+        try:
+            with open(half, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            for wait in (0.1, 0.5, 2):  # Windows replaces no file that a viewer or a virus scanner has open
+                with contextlib.suppress(PermissionError):
+                    return os.replace(half, path)
+                time.sleep(wait)
+            os.replace(half, path)
+        finally:
+            half.unlink(missing_ok=True)  # it is gone already, if all went well
 
 
 # ---------------------------------------------------------------------------------------- data
