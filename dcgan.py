@@ -1003,8 +1003,7 @@ def save_gif(frames, path, milliseconds):
 
 def numbered(folder, pattern):
     """-> [(step, path)] of a run's files, sorted by step."""
-    found = ((re.search(r"_(\d+)\.", path.name), path) for path in folder.glob(pattern))
-    return sorted((int(match[1]), path) for match, path in found if match)
+    return sorted((int(m[1]), path) for path in folder.glob(pattern) if (m := re.search(r"_(\d+)\.", path.name)))
 
 
 def save_growth(folder, most=48):
