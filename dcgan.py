@@ -187,8 +187,7 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-NAMES = list(FIELDS)
-MAY_CHANGE = set(NAMES[NAMES.index("run") :])  # how long, how often, where: all from `run` on
+MAY_CHANGE = set(list(FIELDS)[list(FIELDS).index("run") :])  # how long, how often, where: all from `run` on
 
 
 def halvings(c):
