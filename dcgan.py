@@ -58,7 +58,6 @@ import types
 import typing
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -687,7 +686,7 @@ def find_idx(path):
 
 def read_idx(path):
     """-> (n, H, W) uint8, the pictures of an idx file, plain or .gz.  Raises UserError if its header lies."""
-    with explained(f"{path} is no whole idx file of pictures", OSError, EOFError, ValueError, zlib.error):
+    with explained(f"{path} is no whole idx file of pictures", Exception):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, n, h, w = np.frombuffer(file.read(16), ">u4").tolist()
             body = file.read(min(n * h * w, 1 << 32) + 1)
