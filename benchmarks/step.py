@@ -200,7 +200,7 @@ def the_rows(device, compiled, tiny):
         more = ({}, {"fused": True}, {"spectral_norm": True, "fused": True})
         stacked += [ours("bf16", graph=True, **o) for o in more]
     compiles = [reference("compile"), reference("compile", "channels_last", precision="bf16")]
-    compiles += [ours("fp32", compile=True), ours("bf16", compile=True)]
+    compiles += [ours("fp32", compile=True), ours("bf16", compile=True), ours("bf16", compile=True, fused=True)]
     if device == "cuda":
         compiles += [reference("max-autotune", "channels_last", precision="bf16")]
     one = [ours("fp32"), ours("bf16"), ours("bf16", fused=True), ours("bf16", spectral_norm=True)]

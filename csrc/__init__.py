@@ -10,6 +10,8 @@ This file adds what PyTorch wants to know about them (shapes for torch.compile, 
 statistics and u, v with one copy each.  Numbers, layouts and sources stand at the head of each kernel file.
 """
 
+import threading
+
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
@@ -19,21 +21,26 @@ from .libraries import Unavailable, status
 
 __all__ = ["Unavailable", "bn_leaky_relu", "build", "graphed", "load", "spectral_norm", "status"]
 
+_loading = threading.Lock()
+
 
 def load(device) -> None:
     """Make the ops ready for a device ("cpu", "cuda", "cuda:1" or a torch.device).
 
     Builds their library where there is none, or one of other sources: once, with ninja, into csrc/_build or, where
-    that cannot be written, a user cache.  Any number of processes may do so at once, and any may be killed.
+    that cannot be written, a user cache.  Any number of threads and processes may do so at once, and any process may
+    be killed.  The ops load themselves on first use, but not from within torch.compile: there call this before.
 
     Raises:
         Unavailable: why there are no kernels for it, and what to do, in one line.
     """
-    for kind in libraries.needed(device):
-        if kind not in libraries.loaded:
-            libraries.load(kind)
-            if kind == "cpu":  # which has the schemas
-                _register()
+    with _loading:
+        for kind in libraries.needed(device):
+            if kind not in libraries.loaded:
+                module = libraries.load(kind)
+                if kind == "cpu":  # which has the schemas
+                    _register()
+                libraries.loaded[kind] = module  # last: other threads use the ops from here on
 
 
 # ---------------------------------------------------------------------------------------------- the two ops
@@ -54,12 +61,13 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
 
     Raises:
         ValueError: training with one value per channel, as PyTorch.
-        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp.
+        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp (torch.compile
+            around torch.func.jvp hides the latter: it gives 0).
 
     Precision: statistics in float64 on the CPU (16-bit types: of float32 sums of four) and in float32 on CUDA
     (float64 for float64), the rest in float32, rounded once.  Deterministic on both.  Source: Ioffe and Szegedy 2015.
     """
-    _check_device("bn_leaky_relu", x)
+    _check_devices("bn_leaky_relu", (x, weight, bias, running_mean, running_var))
     _check_no_tangents("bn_leaky_relu", (x, weight, bias))
     if training and x.dim() >= 2 and 0 < x.numel() == x.size(1) * groups:
         raise ValueError(
@@ -89,7 +97,8 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
         it is on, else the weights'.
 
     Raises:
-        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp.
+        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp (torch.compile
+            around torch.func.jvp hides the latter: it gives 0).
 
     Precision: the iteration runs in the weights' dtype or a wider one, whatever autocast says.  Deterministic.
     Source: Miyato et al. 2018; equals torch.nn.utils.parametrizations.spectral_norm step by step.
@@ -97,8 +106,7 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     weights, us, vs = list(weights), list(us), list(vs)
     if not weights:
         raise RuntimeError("spectral_norm: give one or more weights, each with its u and v; got none")
-    for weight in weights:
-        _check_device("spectral_norm", weight)
+    _check_devices("spectral_norm", weights + us + vs)
     _check_no_tangents("spectral_norm", weights)
     out_dtype = None
     if weights[0].dtype == torch.float32:
@@ -113,11 +121,17 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     return scaled
 
 
-def _check_device(name, tensor):
-    kind = tensor.device.type
-    if kind not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
-    if kind != "meta" and kind not in libraries.loaded:
+def _check_devices(name, tensors):
+    """Where the kernels run, and loaded.  The dispatcher would take one meta tensor for a sign that all are, compute
+    nothing, and return memory as it came; of cpu and cuda together the C++ says which does not fit."""
+    kinds = [t.device.type for t in tensors if t is not None]
+    for kind in kinds:
+        if kind not in ("cpu", "cuda", "meta"):
+            raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
+    if "meta" in kinds and set(kinds) != {"meta"}:
+        raise RuntimeError(f"{name} got tensors on {' and '.join(sorted(set(kinds)))}; give all on one device")
+    kind = "cpu" if kinds[0] == "meta" else kinds[0]  # whose library has the shapes, too
+    if kind not in libraries.loaded:
         load(kind)
 
 
@@ -184,6 +198,7 @@ def _bn_save(ctx, inputs, output):
 def _bn_backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 10
+    _check_no_tangents("bn_leaky_relu", (dy,))
     x, weight, bias, mean, invstd = ctx.saved_tensors
     dx, dweight, dbias = torch.ops.dcgan.bn_leaky_relu_backward(dy, x, weight, bias, mean, invstd, *ctx.rest)
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -219,6 +234,7 @@ def _sn_save(ctx, inputs, output):
 def _sn_backward(ctx, grads, *_):
     saved = ctx.saved_tensors
     n = len(saved) // 3
+    _check_no_tangents("spectral_norm", grads)
     weights, us, vs, sigmas = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n], saved[-1]
     grads = [torch.zeros_like(w, dtype=ctx.dtype) if g is None else g for g, w in zip(grads, weights, strict=True)]
     result = torch.ops.dcgan.spectral_norm_backward(grads, list(weights), list(us), list(vs), sigmas)

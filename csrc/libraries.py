@@ -42,7 +42,7 @@ def needed(device):
 
 
 def load(kind):
-    """Load one library, which registers its operators; build it first where there is none that fits."""
+    """Load one library, which registers its operators; build it first where there is none that fits.  -> its module"""
     path, _ = find(kind)
     path = str(path or build_here(kind))
     if kind == "cpu" and hasattr(torch.ops.dcgan, "bn_leaky_relu") and path not in torch.ops.loaded_libraries:
@@ -56,8 +56,8 @@ def load(kind):
         raise Unavailable(
             f"the {kind} kernels in {path} do not load ({error}): delete that file and try again, or leave --fused out"
         ) from None
-    loaded[kind] = module
     torch.ops.loaded_libraries.add(path)
+    return module
 
 
 def status() -> list[str]:

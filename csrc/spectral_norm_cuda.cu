@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1) sn_gradient(const __grid_constant
   const O* grad = static_cast<const O*>(l.grad);
   T dot = 0;
   for (int i = threadIdx.x; i < l.tiles; i += kThreads) dot += l.tile_sums[i];
-  const T sigma = all.sigmas[tile.layer], factor = block_sum(dot) / (sigma * sigma);
+  const T sigma = all.sigmas[tile.layer], factor = block_sum(dot) / sigma / sigma;  // its square may overflow
   l.vectors ? gradient_tile<kVector<T>>(l, tile, sigma, factor, grad)
             : gradient_tile<1>(l, tile, sigma, factor, grad);
 }

@@ -59,6 +59,17 @@ def test_twenty_compiled_steps_are_twenty_plain_ones(preset, start, monkeypatch)
     assert not any("_orig_mod" in name for name in compiled.G.state_dict())  # checkpoints know nothing of it
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_twenty_fused_steps_are_twenty_plain_ones(preset, start):
+    load_kernels(dcgan.fused_ops(), "cpu")
+    runs = start(preset, "plain"), start(preset, "fused", fused=True)
+    steps = [dcgan.choose_step(run) for run in runs]
+    for i in range(20):
+        numbers = [step(*inputs_of(run, i)) for step, run in zip(steps, runs, strict=True)]
+        assert torch.allclose(*numbers, rtol=1e-10, atol=0) and numbers[0][4] == 1
+    assert far(everything(runs[1]), everything(runs[0])) < 1e-10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("preset", ["classic", "regularized", "mnist"])

@@ -9,6 +9,9 @@ import copy
 import functools
 import itertools
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -686,6 +689,72 @@ def test_forward_mode_is_refused(device):
     weights, us, vs = iteration_state([(4, 3)], device)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="spectral_norm has no forward-mode derivative"):
         ops.spectral_norm([forward_ad.make_dual(weights[0], weights[0])], us, vs, 1e-12, True)
+
+
+def test_forward_mode_over_a_backward_is_refused(device):
+    x, weight, bias, mean, var, *rest = bn_args(device)
+    weights, us, vs = iteration_state([(4, 3)], device)
+    for name in ("bn_leaky_relu", "spectral_norm"):
+        with forward_ad.dual_level():
+            if name == "bn_leaky_relu":
+                of, y = x, ops.bn_leaky_relu(x, weight, bias, mean, var, *rest)
+            else:
+                of, y = weights[0].requires_grad_(), ops.spectral_norm(weights, us, vs, 1e-12, True)[0]
+            dual = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+            with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
+                torch.autograd.grad(y, of, dual)
+
+
+def test_a_meta_tensor_among_others_is_refused(device):
+    """Else the dispatcher takes all for meta tensors, and y is whatever lay in memory."""
+    x, weight, bias, mean, var, *rest = bn_args(device)
+    with pytest.raises(RuntimeError, match=f"bn_leaky_relu got tensors on {device} and meta"):
+        ops.bn_leaky_relu(x, weight.to("meta"), bias, mean, var, *rest)
+    with pytest.raises(RuntimeError, match=f"bn_leaky_relu got tensors on {device} and meta"):
+        ops.bn_leaky_relu(x, weight, bias, mean, var.to("meta"), *rest)
+    weights, us, vs = iteration_state([(4, 3), (2, 5)], device)
+    for i, part in enumerate((weights, us, vs)):
+        parts = [weights, us, vs]
+        parts[i] = [part[0], part[1].to("meta")]
+        with pytest.raises(RuntimeError, match=f"spectral_norm got tensors on {device} and meta"):
+            ops.spectral_norm(*parts, 1e-12, False)
+
+
+FIRST_USE = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch, dcgan
+ops = dcgan.fused_ops()
+meta = torch.ones(3, 4, device="meta")
+rest = None, None, None, None, True, 0.1, 1e-5, 0.2
+if sys.argv[2] == "meta":
+    print(ops.bn_leaky_relu(meta, *rest).shape)
+register, grads = ops._register, []
+def slow():
+    time.sleep(1)
+    register()
+ops._register = slow
+def first_use():
+    x = torch.arange(12.0).view(3, 4).requires_grad_()
+    ops.bn_leaky_relu(x, *rest).square().sum().backward()
+    grads.append(x.grad)
+threads = [threading.Thread(target=first_use) for _ in range(4)]
+for i, thread in enumerate(threads):
+    thread.start()
+    time.sleep(0.2 if i == 0 else 0)
+for thread in threads:
+    thread.join()
+print(len(grads), all(torch.equal(grad, grads[0]) for grad in grads))
+"""
+
+
+@pytest.mark.parametrize("how", ["threads", "meta"])
+def test_the_first_use_may_come_from_many_threads_or_be_of_shapes_alone(how):
+    load_kernels(ops, "cpu")  # so that none is built below
+    command = [sys.executable, "-W", "error", "-c", FIRST_USE, str(Path(dcgan.__file__).parent), how]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [*(["torch.Size([3, 4])"] if how == "meta" else []), "4 True"]
 
 
 def test_statistics_are_not_differentiable(device):
