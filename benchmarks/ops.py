@@ -15,13 +15,14 @@ Writes benchmarks/results/ops_<device>.json and .md.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
-from common import dcgan, facts, table, write
+from common import ROOT, dcgan, facts, table, write
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as parametrize
 
@@ -239,10 +240,31 @@ def losses(rows):
     return lines or ["- none"]
 
 
-def to_markdown(rows):
+def in_the_step(device):
+    """-> lines: what the ops are worth in a whole step of training, from what step.py has measured."""
+    measured = ROOT / "benchmarks" / "results" / f"step_{device}.json"
+    groups = json.loads(measured.read_text())["groups"] if measured.exists() else {}
+    lines = []
+    for group in (groups[name] for name in ("all", "presets") if name in groups):
+        rows = {(r["name"], r["precision"], r["allocator"]): r for r in group["rows"]}
+        for (name, precision, allocator), fused in rows.items():
+            plain = rows.get((name.replace(" + fused", ""), precision, allocator))
+            if " + fused" in name and plain:
+                ratio = statistics.median(a / b for a, b in zip(plain["round ms"], fused["round ms"], strict=True))
+                commit = group["about"]["commit"]
+                cells = [plain["name"], precision, fused["batch"], plain["ms"], fused["ms"], f"{ratio:.2f}x", commit]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    if lines:
+        head = ["row of step.py", "precision", "batch", "ms a step", "with --fused", "faster by", "commit"]
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines]
+    return lines or ["not measured: python benchmarks/step.py"]
+
+
+def to_markdown(rows, device):
     lines = ["Summed over D's three BatchNorms, and over its five weights:", ""]
     lines += ["| op | allocator | dtype | layout | direction | fused ms | fused is faster by |", "|" + "---|" * 7]
-    lines += [*summary(rows), "", "Slower than eager PyTorch:", "", *losses(rows), ""]
+    lines += [*summary(rows), "", "In a whole step of training, by step.py (the median of each round's ratio):", ""]
+    lines += [*in_the_step(device), "", "Slower than eager PyTorch:", "", *losses(rows), ""]
     names = ["op", "shape", "dtype", "layout", "direction", "allocator", "variant", "ms", "spread_ms", "times_eager"]
     names += ["gb_s", "share_of_copy", "launches", "kept_mb"]
     lines += ["All rows; `kept` is what lives between forward and backward:", ""]
@@ -294,7 +316,7 @@ def main():
         "hash of the kernels": dcgan.fused_ops().build.source_hash(device),
         "a copy, GB/s": round(peak, 1),
     }
-    write(f"ops_{device}", f"Fused ops on {about['device']}", about, to_markdown(rows), rows=rows)
+    write(f"ops_{device}", f"Fused ops on {about['device']}", about, to_markdown(rows, device), rows=rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compression  # noqa: E402 - after the path to it
 import data  # noqa: E402
+import ops as kernels  # noqa: E402
 import step as steps  # noqa: E402
 from common import dcgan, table  # noqa: E402
 
@@ -131,6 +132,18 @@ def test_the_chart_takes_the_figures_of_the_step(tmp_path):
         tmp_path / "step.png",
     )
     assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_what_the_ops_are_worth_in_a_step_stands_under_their_own_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "ROOT", tmp_path)
+    assert kernels.in_the_step("cpu") == ["not measured: python benchmarks/step.py"]
+    row = {"name": "dcgan.py", "precision": "bf16", "allocator": "kept", "batch": 4, "ms": 6, "round ms": [6, 8, 5]}
+    fused = {**row, "name": "dcgan.py + fused", "ms": 4, "round ms": [4, 4, 5]}
+    others = [{**row, "precision": "fp32"}, {**fused, "allocator": "default"}]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    groups = {"all": {"about": {"commit": "abc"}, "rows": [row, *others, fused]}}
+    (tmp_path / "benchmarks" / "results" / "step_cpu.json").write_text(json.dumps({"groups": groups}))
+    assert kernels.in_the_step("cpu")[2:] == ["| dcgan.py | bf16 | 4 | 6 | 4 | 1.50x | abc |"]
 
 
 def test_a_table_has_a_cell_for_every_column_and_none_for_nothing():
