@@ -589,10 +589,10 @@ def say(*lines):
             sys.stdout.flush()
 
 
-def progress(total, what, unit, initial=0):
+def progress(total, layout, initial=0):
     """A tqdm bar; silent where the output is no terminal and on all processes but the first."""
     silent = RANK > 0 or not sys.stderr or None  # None: tqdm asks
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=silent, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, bar_format=layout, unit="img", disable=silent, dynamic_ncols=True)
 
 
 @contextlib.contextmanager
@@ -686,12 +686,12 @@ def find_idx(path):
 
 def read_idx(path):
     """-> (n, H, W) uint8, the pictures of an idx file, plain or .gz.  Raises UserError if its header lies."""
-    with explained(f"{path} is no whole idx file of pictures", Exception):
+    with explained(f"{path} is no whole idx file of pictures: fetch it again", Exception):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, n, h, w = np.frombuffer(file.read(16), ">u4").tolist()
             body = file.read(min(n * h * w, 1 << 32) + 1)
         if magic != 0x803 or not body or len(body) != n * h * w:
-            raise ValueError(f"a header of {magic:#x} and {n} x {h} x {w} bytes; pictures have 0x803")
+            raise ValueError(f"{magic:#x}, {n} x {h} x {w} bytes, {len(body):,} read; pictures begin with 0x803")
     return np.frombuffer(body, np.uint8).reshape(n, h, w)
 
 
@@ -813,7 +813,8 @@ def decode_all(pictures, c, array, index):
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
     batches = iter(torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags))  # here: no error of the disk's
     left_out = []
-    with written_whole(array) as file, progress(len(pictures), "decoding", "img") as bar:
+    layout = "decoding {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}] {bar}"
+    with written_whole(array) as file, progress(len(pictures), layout) as bar:
         for batch in batches:
             left_out += [x for x in batch if isinstance(x, str)]
             file.write(b"".join(x for x in batch if isinstance(x, bytes)))
@@ -1155,14 +1156,15 @@ def open_run(c):
     lengths = {"steps": 0} if "epochs" in given else {}  # as in config
     c = dataclasses.replace(old, **lengths | asked)
     saved = load(folder / "checkpoint.pt") if any(folder.glob("*.pt")) else None  # None: stopped before its first one
-    for name in FIELDS.keys() - MAY_CHANGE:
+    for name in (name for name in FIELDS if name not in MAY_CHANGE):
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
         paths = name == "data" and now and begun
         if paths and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve()):
             continue  # the same pictures in another place: set_up says if they are fewer or more
         if now != begun:
             what = f"{folder / ('checkpoint.pt' if saved else 'config.json')} cannot go on with {name} {now!r}"
-            raise UserError(f"{what}: it began with {begun!r}. Leave it out, or begin another run with --run")
+            what += f": it began with {begun!r}. {'Leave it out' if name in given else 'Put its own config.json back'}"
+            raise UserError(f"{what}, or begin another run with --run")
     return c, saved
 
 
@@ -1174,6 +1176,9 @@ def claim(c):
     c.run = c.run or f"runs/{c.preset}-{name or 'drawn'}"
     if c.resume and not Path(c.run).is_dir():
         raise UserError(f"--resume: there is no run in {c.run}; name its folder with --run")
+    for name in ("run", "cache"):
+        if Path(getattr(c, name)).is_file():
+            raise UserError(f"--{name} {getattr(c, name)} is a file; name a folder")
     for name in ("data", "cache"):
         if getattr(c, name) and Path(getattr(c, name)).resolve() == Path(c.run).resolve():
             raise UserError(f"--{name} and --run are both {c.run}; name another folder with --run")
@@ -1342,18 +1347,23 @@ def take(sums):
     return means, round(good), round(bad)
 
 
-def report(run, bar):
-    """A line of log.jsonl and the numbers on the bar."""
-    c, now = run.c, time.monotonic()
+def any_good(run):
+    """-> whether a step since the last report was good.  Raises UserError if ten were bad, or all of a shorter run."""
     good, skipped = run.sums[0, 4:].long().tolist()
-    if not good and skipped < 10:  # no number yet: the next line will say how many were skipped
-        return
-    means, good, skipped = take(run.sums[0])
-    if not good:
+    if not good and skipped >= min(10, run.total):
         what = f"no loss or gradient was finite since step {run.step - skipped}; none entered the weights"
         checkpoint = run.folder / "checkpoint.pt"
         go_on = f"go on from {checkpoint} by --resume --precision fp32, or " if checkpoint.exists() else ""
         raise UserError(f"{what}: {go_on}begin again with a lower --lr")
+    return bool(good)
+
+
+def report(run, bar):
+    """A line of log.jsonl and the numbers on the bar."""
+    if not any_good(run):  # no number yet: the next line will say how many were skipped
+        return
+    c, now = run.c, time.monotonic()
+    means, _, skipped = take(run.sums[0])
     row = {"step": run.step, "epoch": run.step * c.batch_size // len(run.pictures), **means}
     step, moment = run.reported
     row |= {"img_s": round((run.step - step) * c.batch_size / max(now - moment, 1e-9), 1)}
@@ -1401,9 +1411,10 @@ def sample(run):
 
 def end_epoch(run, epoch):
     """The line of means; a snapshot of G, so that a collapse does not take the last good one with it."""
-    means, _, _ = take(run.sums[1])
+    means, good, bad = take(run.sums[1])
     epochs = run.total * run.c.batch_size // len(run.pictures)  # whole ones: each has its line
-    say(f"Epoch [{epoch}/{epochs}] | D Loss: {means['loss_d']:.4f} | G Loss: {means['loss_g']:.4f}")
+    losses = f"D Loss: {means['loss_d']:.4f} | G Loss: {means['loss_g']:.4f}"
+    say(f"Epoch [{epoch}/{epochs}] | {losses if good else f'no number was finite in {bad} steps'}")
     if RANK == 0:
         save_generator(run, run.folder / f"snapshots/generator_{run.step:06d}.pt")
         for _, old in numbered(run.folder, "snapshots/generator_*.pt")[: -run.c.keep]:
@@ -1417,7 +1428,8 @@ def loop(run):
         rewind(run)
     saved, code = time.monotonic(), None
     run.reported = run.step, saved
-    with stopping(c.time_limit) as stop, progress(run.total, "training", "step", run.step) as bar:
+    layout = "{n_fmt}/{total_fmt} [{remaining}{postfix}] {bar}"  # in this order: a narrow terminal cuts off the end
+    with stopping(c.time_limit) as stop, progress(run.total, layout, run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
             decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the first weights would linger
@@ -1430,6 +1442,8 @@ def loop(run):
             if run.step % c.report_every == 0:
                 report(run, bar)
             last = run.step == run.total
+            if last:
+                any_good(run)
             early = run.step < c.sample_every and run.step & (run.step - 1) == 0  # at 1, 2, 4, 8 ...
             if RANK == 0 and (last or early or run.step % c.sample_every == 0):
                 sample(run)
@@ -1531,7 +1545,7 @@ def info(argv):
 
 def read_options(argv):
     """-> {name: value} of what the command line sets, by a parser that is made from the fields of Config."""
-    wide = functools.partial(argparse.HelpFormatter, max_help_position=36, width=120)
+    wide = functools.partial(argparse.HelpFormatter, max_help_position=42, width=120)
     p = Parser("dcgan.py", allow_abbrev=False, formatter_class=wide, argument_default=argparse.SUPPRESS)
     p.usage = "dcgan.py [train] [options]; other commands: generate, interpolate, info, each with its own --help"
     p.epilog = (
@@ -1572,7 +1586,8 @@ def main(argv=None):
         c.given = frozenset(given)  # a preset that was only guessed changes no resumed run
         return train(c)
     except (UserError, OSError) as e:
-        print(f"dcgan.py: {e}", file=sys.stderr)
+        why = str(e) if RANK == 0 else str(e).partition("\n")[0]  # all processes may say it, the long list is said once
+        print(f"dcgan.py: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -330,11 +330,11 @@ def test_a_grid_may_hold_any_number(samples, small, run_main, tmp_path):
     assert len(sizes) == 1
 
 
-def test_on_a_terminal_a_bar_shows_the_numbers(small, run_main, monkeypatch):
+def test_on_a_terminal_of_80_columns_a_bar_shows_the_numbers(small, run_main, monkeypatch):
     drawn, real = [], dcgan.tqdm
 
     def terminal(*a, **k):
-        return real(*a, **{**k, "disable": False, "file": Lines(drawn), "mininterval": 0, "miniters": 1, "ncols": 150})
+        return real(*a, **{**k, "disable": False, "file": Lines(drawn), "mininterval": 0, "miniters": 1, "ncols": 80})
 
     class Lines(io.StringIO):
         def __init__(self, to):
@@ -350,7 +350,8 @@ def test_on_a_terminal_a_bar_shows_the_numbers(small, run_main, monkeypatch):
     text = "".join(drawn)
     assert all(word in text for word in ("D(x)", "D(G(z))", "img/s", "6/6"))
     assert re.search(r"D [0-9.]+, G [0-9.]+", text) or ("D=" in text and "G=" in text)
-    assert re.search(r"\d\d:\d\d<\d\d:\d\d", text)  # time gone and time left
+    numbers = [found[0] for found in re.finditer(r"6/6 \[\d\d:\d\d, D [^\]]* img/s\]", text)]  # the time that is left
+    assert numbers and max(map(len, numbers)) <= 80 - 11  # and so it is at 12345/50000 with hours to go
 
 
 @pytest.mark.parametrize("n", [47, 48, 49, 97, 150])
@@ -577,6 +578,8 @@ WRONG = {
     "resume of nothing": ("--run none --resume", "none"),
     "generate from nothing": ("generate none", "none"),
     "seeds beyond all": ("generate none --seeds " + 5000 * "9", "seeds.*100,000"),
+    "run that is a file": ("--run notes.txt --steps 1", "--run notes.txt is a file; name a folder"),
+    "cache that is a file": ("--cache notes.txt --steps 1", "--cache notes.txt is a file; name a folder"),
     "run among the pictures": ("--data words --run words", "words.*name another folder"),
     "run among decoded pictures": ("--run words --cache ./words", "--cache and --run.*name another folder"),
     "generate from a text": ("generate notes.txt", "notes.txt"),
@@ -606,6 +609,15 @@ def one_line(done):
 def test_wrong_use_is_one_line_and_exit_code_2(what, odd_folder, run_main, few_drawn):
     words, expected = WRONG[what]
     assert re.search(expected, one_line(run_main(*words.split())))
+
+
+def test_what_may_be_long_is_said_by_one_process_only(tmp_path, run_main, monkeypatch):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no picture")
+    told = run_main("--data", tmp_path, "--workers", 0, "--run", tmp_path / "run").err.splitlines()
+    monkeypatch.setattr(dcgan, "RANK", 1)
+    assert run_main("--data", tmp_path, "--workers", 0, "--run", tmp_path / "run").err.splitlines() == told[:1]
+    assert len(told) == 4
 
 
 @pytest.mark.parametrize(

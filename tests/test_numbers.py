@@ -248,6 +248,24 @@ def test_a_run_that_diverges_before_its_first_checkpoint_names_none(arguments, t
     assert "checkpoint.pt" not in error or (run / "checkpoint.pt").exists(), "there is no such file yet"
 
 
+@pytest.mark.parametrize("length", ["--steps 9", "--steps 30 --report-every 100", "--steps 1 --report-every 1"])
+def test_a_run_of_nothing_but_bad_steps_is_never_done(arguments, tmp_path, monkeypatch, capsys, length):
+    """Be it shorter than ten steps, or than the way to its first report; and no epoch has losses that nobody saw."""
+    poison(monkeypatch, 0)
+    assert dcgan.main(arguments(tmp_path / "run", length)) == 2
+    said = capsys.readouterr()
+    assert "since step 0" in said.err and "done" not in said.out and "D Loss" not in said.out
+    epochs = [line for line in said.out.splitlines() if line.startswith("Epoch")]
+    assert all("no number was finite in" in line for line in epochs)
+    assert bool(epochs) == ("--steps 1 " not in length)
+
+
+def test_bad_steps_at_the_end_of_a_good_run_do_not_undo_it(arguments, tmp_path, monkeypatch):
+    poison(monkeypatch, 8)
+    assert dcgan.main(arguments(tmp_path / "run", "--steps 12 --report-every 8")) == 0
+    assert finite(saved(tmp_path / "run" / "checkpoint.pt"))
+
+
 def test_a_few_bad_steps_are_counted_and_the_run_goes_on(arguments, tmp_path, monkeypatch):
     run = tmp_path / "run"
     poison(monkeypatch, 5, 7)  # steps 6 and 7 of the second report

@@ -264,6 +264,19 @@ def test_what_makes_the_experiment_cannot_change(short, name, capsys):
     assert snapshot(short) == before
 
 
+def test_a_checkpoint_of_another_preset_is_named_as_that(short, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    assert dcgan.main(arguments(tmp_path / "other", "--steps 1", preset="keras")) == 0
+    shutil.copy(tmp_path / "other" / "checkpoint.pt", run)
+    capsys.readouterr()
+    assert dcgan.main(["--run", str(run), "--resume", "--steps", "9"]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.pt cannot go on with preset 'demo': it began with 'keras'. Put its own config.json back" in error
+    assert dcgan.main(["--run", str(run), "--resume", "--preset", "demo"]) == 2
+    assert "it began with 'keras'. Leave it out" in capsys.readouterr().err
+
+
 def test_what_was_given_again_unchanged_is_no_change(short, data):
     argv = ["--preset", "demo", "--image-size", "16", "--nz", "6", "--seed", "0", "--batch-size", "8"]
     for path in (data, data / ".." / data.name):
