@@ -2,6 +2,7 @@
 
     python benchmarks/ops.py                      on the CPU, one thread; about 10 minutes
     python benchmarks/ops.py --device cuda        on a GPU, in CUDA graph replay
+    python benchmarks/ops.py --small              the shapes of `best` at its batch of 8; writes nothing
     python benchmarks/ops.py --quick              a few rows, to see that it runs; writes nothing
 
 Every forward result is checked against eager PyTorch before it is timed (for gradients see tests/test_ops.py).  The
@@ -28,6 +29,7 @@ from torch.nn.utils.parametrizations import spectral_norm as parametrize
 
 D_SHAPES = [(128, 128, 16, 16), (128, 256, 8, 8), (128, 512, 4, 4)]  # the BatchNorms of D at batch 128, ndf 64
 LARGE = [(128, 256, 64, 64), (512, 512, 32, 32)]  # synthetic, far larger than the L2 cache of a GPU
+SMALL = [(8, 512, 4, 4), (8, 256, 8, 8), (8, 128, 16, 16), (8, 64, 32, 32), (8, 32, 64, 64)]  # `best`, as G draws
 WEIGHTS = [(64, 3, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (512, 256, 4, 4), (1, 512, 4, 4)]  # D, ndf 64
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -276,6 +278,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row's variants together")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     options = parser.parse_args()
@@ -292,6 +295,8 @@ def main():
     if device == "cuda":
         cases += [("bn_leaky_relu", s, t, la) for t in dtypes[:2] for la in LAYOUTS for s in LARGE]
     cases += [("spectral_norm", None, torch.float32, la) for la in LAYOUTS]
+    if options.small:
+        cases = [("bn_leaky_relu", s, t, "channels_last") for t in dtypes[:2] for s in SMALL]
     rows, peak = [], copy_bandwidth(device, options.seconds)
     for allocator in ["torch's"] if device == "cuda" else ["default", "kept"]:
         if allocator == "kept":
@@ -308,7 +313,7 @@ def main():
                 )
                 print(f"{row['ms']:.3f} ms +- {row['spread_ms']:.3f}, {row['times_eager']:.2f}x eager", flush=True)
     print(*summary(rows), sep="\n")
-    if options.quick:
+    if options.quick or options.small:
         return
     about = facts(device, options.note) | {
         "threads": torch.get_num_threads(),

@@ -74,12 +74,13 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
             + (f" in {groups} groups" if groups > 1 else "")
         )
-    groups = groups if training else 1
-    args = (x, weight, bias, running_mean, running_var, training, momentum, eps, slope, groups)
-    y, _, _, new_mean, new_var = torch.ops.dcgan.bn_leaky_relu(*args)
+    running, rest = [running_mean, running_var], (training, momentum, eps, slope, groups if training else 1)
+    if not torch.compiler.is_compiling():
+        return _BatchNormLeakyReLU.apply(x, weight, bias, running, *rest)
+    y, _, _, *new = torch.ops.dcgan.bn_leaky_relu(x, weight, bias, *running, *rest)
     if training and running_mean is not None:
         with torch.no_grad():
-            torch._foreach_copy_([running_mean, running_var], [new_mean, new_var])
+            torch._foreach_copy_(running, new)
     return y
 
 
@@ -112,7 +113,7 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     if weights[0].dtype == torch.float32:
         device = weights[0].device.type
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         return list(_SpectralNorm.apply(us, vs, eps, update, out_dtype, *weights))
     scaled, new_us, new_vs, _ = torch.ops.dcgan.spectral_norm(weights, us, vs, eps, update, out_dtype)
     if update:
@@ -242,10 +243,27 @@ def _sn_backward(ctx, grads, *_):
     return result, nothing, nothing, None, None, None
 
 
-class _SpectralNorm(torch.autograd.Function):
-    """What register_autograd makes of the op, without its walks through lists of tensors: they cost more than half
-    of the time in Python, 0.14 ms a call.  torch.compile, which pays for them once, gets the op itself."""
+# What register_autograd makes of the ops, without its walks through their arguments: these cost more than the kernels
+# where tensors are small.  torch.compile, which pays for them once, gets the ops themselves.
 
+
+class _BatchNormLeakyReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running, training, momentum, eps, slope, groups):
+        rest = training, momentum, eps, slope, groups
+        y, mean, invstd, *new = torch.ops.dcgan.bn_leaky_relu(x, weight, bias, *running, *rest)
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.rest = training, slope, groups
+        if training and running[0] is not None:
+            torch._foreach_copy_(running, new)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _bn_backward(ctx, dy)[:9]
+
+
+class _SpectralNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, us, vs, eps, update, out_dtype, *weights):
         scaled, new_us, new_vs, sigmas = torch.ops.dcgan.spectral_norm(weights, us, vs, eps, update, out_dtype)
