@@ -15,6 +15,7 @@ results/data_cpu.json and .md.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import multiprocessing
@@ -126,6 +127,7 @@ def the_rows(folder, archive, cache, size):
     c = dcgan.config("classic", data=str(folder), image_size=size, cache=cache, batch_size=BATCH, precision="fp32")
     pictures, epochs = quietly(dcgan.load_pictures, c), itertools.count()
     flipped = dcgan.config("classic", flips=True, batch_size=BATCH)
+    noisy = dataclasses.replace(flipped, noise=0.05, noise_steps=-1)  # as `best` has it, drawn anew for each picture
     return {
         "ImageFolder + PIL, no processes besides": lambda: image_folder(folder, size, 0),
         f"ImageFolder + PIL, {cores()} processes": lambda: image_folder(folder, size, cores()),
@@ -134,6 +136,7 @@ def the_rows(folder, archive, cache, size):
         "build from a .zip": lambda: build(archive, size, 0),
         "epoch": lambda: sum(epoch(c, pictures, next(epochs)) for _ in range(5)),
         "epoch, half of them mirrored": lambda: sum(epoch(flipped, pictures, next(epochs)) for _ in range(5)),
+        "epoch, mirrored, with noise": lambda: sum(epoch(noisy, pictures, next(epochs)) for _ in range(5)),
     }
 
 
