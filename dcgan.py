@@ -837,8 +837,9 @@ def load_pictures(c):
     Raises UserError if more than the share --max-bad of them cannot be read."""
     pictures, cache = Pictures(c), Path(c.cache)
     array, index = cache / f"{pictures.key}.u8", cache / f"{pictures.key}.json"
+    cache.mkdir(parents=True, exist_ok=True)
     found = read_index(array, index)
-    with contextlib.nullcontext() if found else FileLock(cache / ".lock"):  # makes the folder; a dead one's is free
+    with contextlib.nullcontext() if found else FileLock(cache / ".lock"):  # one decodes; a dead one's lock is free
         found = facts = found or read_index(array, index)  # it may be there by now
         if not found:
             for half in cache.glob(".*.half"):  # of one that was killed
@@ -882,8 +883,10 @@ def download(name, root):
         fetch, root = torchvision.datasets.CelebA, root or "celeb_dataset"
         by_hand = "it needs pip install -e '.[download]'; if the quota of its server is spent, give --data the zip of"
         by_hand += " kaggle datasets download -d jessicali9530/celeba-dataset"
-    with explained(f"--download {name} into {root} failed; {by_hand}", Exception), FileLock(Path(root) / ".lock"):
-        fetch(root, download=True)  # in one process, the others find it there
+    with explained(f"--download {name} into {root} failed; {by_hand}", Exception):  # no network, gdown or quota
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(root) / ".lock"):  # one process fetches, the others find it there
+            fetch(root, download=True)
     return root
 
 
@@ -1182,8 +1185,9 @@ def claim(c):
     for name in ("data", "cache"):
         if getattr(c, name) and Path(getattr(c, name)).resolve() == Path(c.run).resolve():
             raise UserError(f"--{name} and --run are both {c.run}; name another folder with --run")
+    Path(c.run).mkdir(parents=True, exist_ok=True)
     with explained(f"another process trains in {c.run}; wait for it, or name another folder with --run", Timeout):
-        lock = FileLock(Path(c.run) / ".lock", timeout=0)  # makes the folder; that of a dead process is free
+        lock = FileLock(Path(c.run) / ".lock", timeout=0)  # that of a dead process is free
         return lock.acquire() if RANK == 0 else contextlib.nullcontext()
 
 
