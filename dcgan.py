@@ -627,7 +627,8 @@ def written_whole(path):
                 time.sleep(wait)
             os.replace(half, path)
         finally:
-            half.unlink(missing_ok=True)  # it is gone already, if all went well
+            with contextlib.suppress(OSError):  # it is gone already, if all went well
+                half.unlink()
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -686,7 +687,7 @@ def find_idx(path):
 
 def read_idx(path):
     """-> (n, H, W) uint8, the pictures of an idx file, plain or .gz.  Raises UserError if its header lies."""
-    with explained(f"{path} is no whole idx file of pictures: fetch it again", Exception):
+    with explained(f"{path} is no whole idx file of pictures; if it should be, fetch it again", Exception):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, n, h, w = np.frombuffer(file.read(16), ">u4").tolist()
             body = file.read(min(n * h * w, 1 << 32) + 1)
@@ -1351,10 +1352,10 @@ def take(sums):
     return means, round(good), round(bad)
 
 
-def any_good(run):
-    """-> whether a step since the last report was good.  Raises UserError if ten were bad, or all of a shorter run."""
+def any_good(run, least):
+    """-> whether a step since the last report was good.  Raises UserError if none was, and `least` or more were bad."""
     good, skipped = run.sums[0, 4:].long().tolist()
-    if not good and skipped >= min(10, run.total):
+    if not good and skipped >= least:
         what = f"no loss or gradient was finite since step {run.step - skipped}; none entered the weights"
         checkpoint = run.folder / "checkpoint.pt"
         go_on = f"go on from {checkpoint} by --resume --precision fp32, or " if checkpoint.exists() else ""
@@ -1364,7 +1365,7 @@ def any_good(run):
 
 def report(run, bar):
     """A line of log.jsonl and the numbers on the bar."""
-    if not any_good(run):  # no number yet: the next line will say how many were skipped
+    if not any_good(run, min(10, run.total)):  # no number yet: the next line will say how many were skipped
         return
     c, now = run.c, time.monotonic()
     means, _, skipped = take(run.sums[0])
@@ -1446,8 +1447,8 @@ def loop(run):
             if run.step % c.report_every == 0:
                 report(run, bar)
             last = run.step == run.total
-            if last:
-                any_good(run)
+            if last:  # shorter than the way to a report, it may have seen no number at all
+                any_good(run, run.total)
             early = run.step < c.sample_every and run.step & (run.step - 1) == 0  # at 1, 2, 4, 8 ...
             if RANK == 0 and (last or early or run.step % c.sample_every == 0):
                 sample(run)
@@ -1590,7 +1591,7 @@ def main(argv=None):
         c.given = frozenset(given)  # a preset that was only guessed changes no resumed run
         return train(c)
     except (UserError, OSError) as e:
-        why = str(e) if RANK == 0 else str(e).partition("\n")[0]  # all processes may say it, the long list is said once
+        why = str(e) if RANK == 0 else str(e).partition("\n")[0]  # many processes may say it, so a list is said once
         print(f"dcgan.py: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

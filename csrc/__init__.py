@@ -61,8 +61,8 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
 
     Raises:
         ValueError: training with one value per channel, as PyTorch.
-        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp (torch.compile
-            around torch.func.jvp hides the latter: it gives 0).
+        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative, a jvp or a transform of
+            torch.func (within torch.compile a jvp is not noticed: it gives 0).
 
     Precision: statistics in float64 on the CPU (16-bit types: of float32 sums of four) and in float32 on CUDA
     (float64 for float64), the rest in float32, rounded once.  Deterministic on both.  Source: Ioffe and Szegedy 2015.
@@ -75,7 +75,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
             + (f" in {groups} groups" if groups > 1 else "")
         )
     running, rest = [running_mean, running_var], (training, momentum, eps, slope, groups if training else 1)
-    if not torch.compiler.is_compiling():
+    if _is_eager():
         return _BatchNormLeakyReLU.apply(x, weight, bias, running, *rest)
     y, _, _, *new = torch.ops.dcgan.bn_leaky_relu(x, weight, bias, *running, *rest)
     if training and running_mean is not None:
@@ -98,8 +98,8 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
         it is on, else the weights'.
 
     Raises:
-        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative or a jvp (torch.compile
-            around torch.func.jvp hides the latter: it gives 0).
+        RuntimeError: dtypes, shapes or devices that do not fit; asking for a second derivative, a jvp or a transform of
+            torch.func (within torch.compile a jvp is not noticed: it gives 0).
 
     Precision: the iteration runs in the weights' dtype or a wider one, whatever autocast says.  Deterministic.
     Source: Miyato et al. 2018; equals torch.nn.utils.parametrizations.spectral_norm step by step.
@@ -113,7 +113,7 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     if weights[0].dtype == torch.float32:
         device = weights[0].device.type
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if not torch.compiler.is_compiling():
+    if _is_eager():
         return list(_SpectralNorm.apply(us, vs, eps, update, out_dtype, *weights))
     scaled, new_us, new_vs, _ = torch.ops.dcgan.spectral_norm(weights, us, vs, eps, update, out_dtype)
     if update:
@@ -123,13 +123,13 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
 
 
 def _check_devices(name, tensors):
-    """Where the kernels run, and loaded.  The dispatcher would take one meta tensor for a sign that all are, compute
-    nothing, and return memory as it came; of cpu and cuda together the C++ says which does not fit."""
+    """One device for all, where the kernels run, and loaded.  The dispatcher would take one meta tensor for a sign that
+    all are, compute nothing, and return memory as it came."""
     kinds = [t.device.type for t in tensors if t is not None]
     for kind in kinds:
         if kind not in ("cpu", "cuda", "meta"):
             raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
-    if "meta" in kinds and set(kinds) != {"meta"}:
+    if len(set(kinds)) > 1:
         raise RuntimeError(f"{name} got tensors on {' and '.join(sorted(set(kinds)))}; give all on one device")
     kind = "cpu" if kinds[0] == "meta" else kinds[0]  # whose library has the shapes, too
     if kind not in libraries.loaded:
@@ -244,7 +244,11 @@ def _sn_backward(ctx, grads, *_):
 
 
 # What register_autograd makes of the ops, without its walks through their arguments: these cost more than the kernels
-# where tensors are small.  torch.compile, which pays for them once, gets the ops themselves.
+# where tensors are small.  torch.compile, which pays for them once, and torch.jit.trace get the ops themselves.
+
+
+def _is_eager():
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 class _BatchNormLeakyReLU(torch.autograd.Function):

@@ -7,10 +7,12 @@ place of the result at its scale.  On CUDA, where both sum in fp32, each in its 
 
 import copy
 import functools
+import io
 import itertools
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -721,40 +723,67 @@ def test_a_meta_tensor_among_others_is_refused(device):
 
 
 FIRST_USE = """
-import sys, threading, time
+import sys, threading, time, warnings
 sys.path.insert(0, sys.argv[1])
 import torch, dcgan
-ops = dcgan.fused_ops()
-meta = torch.ones(3, 4, device="meta")
+warnings.simplefilter("error")
+ops, called, grads, started = dcgan.fused_ops(), [], [], threading.Event()
+load, register = ops.libraries.load, ops._register
 rest = None, None, None, None, True, 0.1, 1e-5, 0.2
-if sys.argv[2] == "meta":
-    print(ops.bn_leaky_relu(meta, *rest).shape)
-register, grads = ops._register, []
 def slow():
-    time.sleep(1)
+    called.append("too late" if "cpu" in ops.libraries.loaded else "register")
+    started.set()
+    time.sleep(0.5)
     register()
-ops._register = slow
 def first_use():
     x = torch.arange(12.0).view(3, 4).requires_grad_()
-    ops.bn_leaky_relu(x, *rest).square().sum().backward()
+    ops.load("cpu")
+    torch.ops.dcgan.bn_leaky_relu(x, *rest, 1)[0].square().sum().backward()
     grads.append(x.grad)
+ops._register, ops.libraries.load = slow, lambda kind: (called.append(kind), load(kind))[1]
+if sys.argv[2] == "meta":
+    print(ops.bn_leaky_relu(torch.ones(3, 4, device="meta"), *rest).shape)
 threads = [threading.Thread(target=first_use) for _ in range(4)]
-for i, thread in enumerate(threads):
+for thread in threads:
     thread.start()
-    time.sleep(0.2 if i == 0 else 0)
+    started.wait()  # the others come while the first one is not yet ready
 for thread in threads:
     thread.join()
-print(len(grads), all(torch.equal(grad, grads[0]) for grad in grads))
+print(len(grads), all(torch.equal(grad, grads[0]) for grad in grads), *called)
 """
 
 
 @pytest.mark.parametrize("how", ["threads", "meta"])
 def test_the_first_use_may_come_from_many_threads_or_be_of_shapes_alone(how):
     load_kernels(ops, "cpu")  # so that none is built below
-    command = [sys.executable, "-W", "error", "-c", FIRST_USE, str(Path(dcgan.__file__).parent), how]
+    command = [sys.executable, "-c", FIRST_USE, str(Path(dcgan.__file__).parent), how]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [*(["torch.Size([3, 4])"] if how == "meta" else []), "4 True"]
+    assert done.returncode == 0, done.stderr
+    assert "Exception" not in done.stderr, done.stderr  # in a thread
+    assert done.stdout.splitlines() == [*(["torch.Size([3, 4])"] if how == "meta" else []), "4 True cpu register"]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_sigma_whose_square_no_float32_holds_has_gradients(device, size):
+    weights, us, vs = iteration_state([(6, 5)], device)
+    exact = [t.double() for t in (weights[0], us[0], vs[0])]
+    weight = (weights[0] * size).requires_grad_()
+    (scaled,) = ops.spectral_norm([weight], us, vs, 1e-12 * size, False)
+    wide = exact[0].requires_grad_()
+    (expected,) = dcgan.spectral_norm([wide], [exact[1]], [exact[2]], 1e-12, False)
+    dy = torch.randn_like(scaled)
+    (ours,) = torch.autograd.grad(scaled, weight, dy)
+    (theirs,) = torch.autograd.grad(expected, wide, dy.double())
+    torch.testing.assert_close((ours.double() * size), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_in_eval_mode_can_be_traced(device):
+    x, weight, bias, mean, var = (t.detach() for t in bn_args(device)[:5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out
+        traced = torch.jit.trace(lambda t: ops.bn_leaky_relu(t, weight, bias, mean, var, False, 0.1, 1e-5, 0.2), x)
+        torch.jit.save(traced, io.BytesIO())
+    torch.testing.assert_close(traced(x + 1), ops.bn_leaky_relu(x + 1, weight, bias, mean, var, False, 0.1, 1e-5, 0.2))
 
 
 def test_statistics_are_not_differentiable(device):
