@@ -278,6 +278,18 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert done == [("fsync", 100), ("rename", 100)]
 
 
+def test_a_half_file_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch):
+    def unlink(*_, **__):
+        raise PermissionError("held by a scanner")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with dcgan.written_whole(tmp_path / "good") as file:
+        file.write(b"all of it")
+    assert (tmp_path / "good").read_bytes() == b"all of it"
+    with pytest.raises(KeyboardInterrupt), dcgan.written_whole(tmp_path / "never"):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("times", [2, 99])
 def test_a_file_that_another_program_has_open_gets_its_name_a_little_later(times, tmp_path, monkeypatch):
     """On Windows: a viewer of losses.png, a virus scanner."""
