@@ -246,20 +246,17 @@ def in_the_step(device):
     """-> lines: what the ops are worth in a whole step of training, from what step.py has measured."""
     measured = ROOT / "benchmarks" / "results" / f"step_{device}.json"
     groups = json.loads(measured.read_text())["groups"] if measured.exists() else {}
-    lines = []
+    found = []
     for group in (groups[name] for name in ("all", "presets") if name in groups):
         rows = {(r["name"], r["precision"], r["allocator"]): r for r in group["rows"]}
         for (name, precision, allocator), fused in rows.items():
             plain = rows.get((name.replace(" + fused", ""), precision, allocator))
             if " + fused" in name and plain:
                 ratio = statistics.median(a / b for a, b in zip(plain["round ms"], fused["round ms"], strict=True))
-                commit = group["about"]["commit"]
-                cells = [plain["name"], precision, fused["batch"], plain["ms"], fused["ms"], f"{ratio:.2f}x", commit]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-    if lines:
-        head = ["row of step.py", "precision", "batch", "ms a step", "with --fused", "faster by", "commit"]
-        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines]
-    return lines or ["not measured: python benchmarks/step.py"]
+                more = {"with --fused": fused["ms"], "faster by": f"{ratio:.2f}x", "commit": group["about"]["commit"]}
+                found.append({"row of step.py": plain["name"], "ms a step": plain["ms"], **plain, **more})
+    names = ["row of step.py", "precision", "batch", "ms a step", "with --fused", "faster by", "commit"]
+    return table(found, {name: name for name in names}) if found else ["not measured: python benchmarks/step.py"]
 
 
 def to_markdown(rows, whole_step):

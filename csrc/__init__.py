@@ -125,13 +125,13 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
 def _check_devices(name, tensors):
     """One device for all, where the kernels run, and loaded.  The dispatcher would take one meta tensor for a sign that
     all are, compute nothing, and return memory as it came."""
-    kinds = [t.device.type for t in tensors if t is not None]
-    for kind in kinds:
-        if kind not in ("cpu", "cuda", "meta"):
-            raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
-    if len(set(kinds)) > 1:
-        raise RuntimeError(f"{name} got tensors on {' and '.join(sorted(set(kinds)))}; give all on one device")
-    kind = "cpu" if kinds[0] == "meta" else kinds[0]  # whose library has the shapes, too
+    kinds = {t.device.type for t in tensors if t is not None}
+    for kind in kinds - {"cpu", "cuda", "meta"}:
+        raise RuntimeError(f"{name} runs on cpu and cuda; got a tensor on {kind}: leave --fused out")
+    if len(kinds) > 1:
+        raise RuntimeError(f"{name} got tensors on {' and '.join(sorted(kinds))}; give all on one device")
+    (kind,) = kinds
+    kind = "cpu" if kind == "meta" else kind  # whose library has the shapes, too
     if kind not in libraries.loaded:
         load(kind)
 
@@ -264,7 +264,7 @@ class _BatchNormLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _bn_backward(ctx, dy)[:9]
+        return _bn_backward(ctx, dy)[:9]  # the running statistics are one argument here
 
 
 class _SpectralNorm(torch.autograd.Function):

@@ -53,7 +53,7 @@ def test_a_quick_run_works_and_writes_nothing(script, tmp_path):
     else:  # milliseconds, of which fewer are better; one round
         pairs = ratios(done.stdout, "ms a step" if script == "step.py" else "ms")
     for ratio, expected in pairs:
-        assert ratio == pytest.approx(expected, rel=0.01, abs=0.006)  # by figures that are rounded
+        assert ratio == pytest.approx(expected, rel=0.03, abs=0.006)  # by figures that are rounded
 
 
 def test_too_few_pictures_to_measure_are_one_line(tmp_path):
