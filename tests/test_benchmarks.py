@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import compression  # noqa: E402 - after the path to it
-import data  # noqa: E402
+import data  # noqa: E402 - after the path to it
+import jpeg  # noqa: E402
 import ops as kernels  # noqa: E402
 import step as steps  # noqa: E402
 from common import dcgan, table  # noqa: E402
@@ -33,6 +33,12 @@ def ratios(printed, unit):
     rows = [dict(zip(head, line, strict=True)) for line in lines if len(line) == len(head) and line != head]
     against = next(name for name in head if name.startswith("x "))
     return [(float(row[against]), float(rows[0][unit]) / float(row[unit])) for row in rows]
+
+
+def test_no_script_hides_a_module_of_python():
+    """A script's folder comes first on the path.  Python 3.14 has a package `compression`, which gzip imports."""
+    scripts = {path.stem for folder in ("", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+    assert "jpeg" in scripts and not scripts & (sys.stdlib_module_names | {"compression", "annotationlib"})
 
 
 @pytest.mark.parametrize("script", ["step.py", "data.py", "generate.py"])
@@ -169,7 +175,7 @@ class Left(torch.nn.Module):
 @pytest.mark.parametrize("preset", ["best", "keras", "mnist"])
 def test_jpeg_costs_a_picture_little_and_more_at_low_quality(preset, tiny):
     x = dcgan.load_pictures(tiny(preset))[:4]
-    fine, coarse = (compression.after_jpeg(x, quality) for quality in (95, 5))
+    fine, coarse = (jpeg.after_jpeg(x, quality) for quality in (95, 5))
     assert fine.shape == coarse.shape == x.shape and fine.dtype == torch.uint8
     off = [(y.float() - x.float()).abs().mean().item() for y in (fine, coarse)]
     assert 0 < off[0] < 4 and off[1] > 2 * off[0]
@@ -178,7 +184,7 @@ def test_jpeg_costs_a_picture_little_and_more_at_low_quality(preset, tiny):
 def test_d_sees_the_same_pictures_before_and_after_jpeg_under_the_runs_noise(tiny):
     c = tiny("best", noise=0.5, noise_steps=-1)
     G, originals = dcgan.Generator(c).eval(), dcgan.load_pictures(c)
-    found = compression.logits(Left(c), G, originals, 5, 10, 95)
+    found = jpeg.logits(Left(c), G, originals, 5, 10, 95)
     assert [len(x) for x in found.values()] == [12] * 4  # whole mini-batches of 4
     real, compressed, fakes, _ = found.values()
     assert (compressed - real).abs().max() < 0.03
@@ -199,11 +205,11 @@ def test_a_run_is_asked_what_it_makes_of_jpeg(tiny, faces, cache, capsys):
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     saved["D"]["p"].fill_(0.7)
     torch.save(saved, run / "checkpoint.pt")
-    D, step = compression.load_discriminator(run)
+    D, step = jpeg.load_discriminator(run)
     assert D.training and D.p == 0 and step == 2
     before = sorted(run.rglob("*"))
     capsys.readouterr()
-    compression.main([str(run), "--data", str(faces), "--pictures", "8", "--cache", str(cache)])
+    jpeg.main([str(run), "--data", str(faces), "--pictures", "8", "--cache", str(cache)])
     said = capsys.readouterr().out
     rows = [line for line in said.splitlines() if line.startswith("|")]
     assert len(rows) == 6 and all(word in said for word in ("| fakes after JPEG |", "taken for real", "JPEG is"))
@@ -214,10 +220,10 @@ def test_the_share_of_jpeg_is_a_share_of_what_d_sees_between_pictures_and_fakes(
     c = tiny("best")
     levels = {"pictures": 2.0, "the same after JPEG": 3.0, "fakes": -1.0, "fakes after JPEG": 0.0}
     found = {row: torch.tensor([level - 1, level + 1]) for row, level in levels.items()}
-    monkeypatch.setattr(compression, "logits", lambda *_: found)
-    monkeypatch.setattr(compression, "load_discriminator", lambda _: (dcgan.Discriminator(c), 0))
-    monkeypatch.setattr(compression.dcgan, "load_generator", lambda _: None)
-    compression.main([c.run, "--data", c.data, "--cache", c.cache])
+    monkeypatch.setattr(jpeg, "logits", lambda *_: found)
+    monkeypatch.setattr(jpeg, "load_discriminator", lambda _: (dcgan.Discriminator(c), 0))
+    monkeypatch.setattr(jpeg.dcgan, "load_generator", lambda _: None)
+    jpeg.main([c.run, "--data", c.data, "--cache", c.cache])
     said = capsys.readouterr().out
     assert "fakes, JPEG is 25%." in said  # 3 - 2 of 3 - -1
     assert "| the same after JPEG | 0.93 | 3.00 | 1.00 |" in said and "| fakes | 0.31 | -1.00 | 0.00 |" in said

@@ -1,7 +1,7 @@
 """Does D know real pictures by what JPEG left in them?  G cannot draw that, so such a D wins whatever G does.
 
-    python benchmarks/compression.py RUN --data celeb_dataset
-    python benchmarks/compression.py RUN --data celeb_dataset --quality 85 --pictures 2000
+    python benchmarks/jpeg.py RUN --data celeb_dataset
+    python benchmarks/jpeg.py RUN --data celeb_dataset --quality 85 --pictures 2000
 
 DATA: pictures of the run's kind, best several times as large as its own.  Scaled to its size they stand for pictures
 that no JPEG has touched there.  D gets each of them as it is, and after JPEG of --quality, colour at full resolution;
@@ -88,4 +88,4 @@ if __name__ == "__main__":
     try:
         main()
     except dcgan.UserError as e:
-        raise SystemExit(f"compression.py: {e}") from None
+        raise SystemExit(f"jpeg.py: {e}") from None
