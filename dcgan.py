@@ -172,7 +172,8 @@ class Config:
     save_every: int = opt(0, "steps between checkpoints; 0: two minutes")
     keep: int = opt(5, "snapshots of G to keep; there is one an epoch", low=1)
     device: str = opt("auto", "cuda, mps, cpu, cuda:1")
-    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16"])
+    precision: str = opt("auto", "auto: bf16 where the hardware has it; on CUDA fp32 means TF32",
+                         choices=["auto", "fp32", "bf16"])  # fmt: skip
     fused: bool = opt(False, "use the fused kernels of csrc/")
     compile: bool = opt(False, "torch.compile both networks: a minute at first")
     graph: bool = opt(True, "replay the step as one CUDA graph: csrc/, one process, no --compile")
@@ -209,7 +210,7 @@ def config(preset="classic", **overrides):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             raise UserError(f"{f.name} is {value!r}; it must be of type {f.type.__name__}")
         if m["choices"] and value not in m["choices"]:
-            raise UserError(f"{f.name} cannot be {value!r}; it can be {', '.join(map(str, m['choices']))}")
+            raise UserError(f"{f.name} cannot be {value!r}; it can be {', '.join(str(x) for x in m['choices'] if x)}")
         if f.type in (int, float) and not m["low"] <= value <= m["high"]:
             raise UserError(f"{f.name} is {value}; it can be from {m['low']} to {m['high']}")
     if not re.fullmatch(r"(\d+(\.\d+)?[smh])?", c.time_limit):
@@ -232,7 +233,7 @@ def bn_leaky_relu(x, weight, bias, running_mean, running_var, training, momentum
     """leaky_relu(batch_norm(x), slope) for x (N, C) or (N, C, H, W), in its shape and dtype [4]; slope 0 is ReLU.
     In training each of `groups` equal parts of the batch has statistics of its own: D takes real and fake pictures at
     once, as two parts.  The running statistics move by each part in turn."""
-    parts = x.chunk(groups) if training else [x]
+    parts = x.chunk(groups) if training else [x]  # (N / groups, C, H, W) each
     y = [F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps) for part in parts]
     return F.leaky_relu(torch.cat(y) if len(y) > 1 else y[0], slope, inplace=True)
 
@@ -265,7 +266,7 @@ def augment(x, p):
     to an eighth of its side, scaled by exp(normal(0, 0.15)) and continued by its mirror image; with p coloured, too."""
     n, size, like = len(x), x.shape[-1], dict(device=x.device, dtype=x.dtype)
     on = (torch.rand(n, 1, 1, **like) < p).to(x.dtype)
-    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on
+    angle = (torch.rand(n, 1, 1, **like) - 0.5) * 0.5 * on  # (N, 1, 1), as all of these
     scale = torch.exp(torch.randn(n, 1, 1, **like) * 0.15 * on)
     dx, dy = (torch.rand(2, n, 1, 1, **like) - 0.5) * (size / 4) * on
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
@@ -275,11 +276,11 @@ def augment(x, p):
         place = (place + size / 2).remainder(2 * size)
         place = (torch.minimum(place, 2 * size - place) - 0.5).clamp(0, size - 1)  # the mirror image
         low = place.floor()
-        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]
+        return low.long(), (low + 1).clamp(max=size - 1).long(), (place - low)[:, None]  # (N, H, H) twice, (N, 1, H, H)
 
     def at(row, column):
         where = (row * size + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-        return x.flatten(2).gather(2, where).unflatten(2, (size, size))
+        return x.flatten(2).gather(2, where).unflatten(2, (size, size))  # (N, nc, H, H)
 
     # where in x each pixel comes from (so the picture moves the other way); bilinear by hand, because F.grid_sample has
     # no gradient on MPS in some releases of torch, and no deterministic one on CUDA
@@ -540,7 +541,7 @@ def train_step(c, G, D, ema, opt_g, opt_d, real, z, noise, ema_weight=0.0):
         with torch.set_grad_enabled(not fresh):  # fresh: G draws others for its turn, these need no graph
             fake = G(z[0])
         both = torch.cat([real + noise[0], (fake if at_once else fake.detach()) + noise[1]])
-        logits_real, logits_fake = D(both, groups=2).chunk(2)  # two mini-batches in one pass
+        logits_real, logits_fake = D(both, groups=2).chunk(2)  # two mini-batches in one pass; (n,) each
     loss_real = bce(logits_real, torch.full_like(logits_real, c.real_label))
     loss_fake = bce(logits_fake, torch.zeros_like(logits_fake))
     loss_d = (loss_real + loss_fake) / (2 if c.loss == "mean" else 1)
@@ -589,9 +590,9 @@ def say(*lines):
             sys.stdout.flush()
 
 
-def progress(total, layout, initial=0):
-    """A tqdm bar; silent where the output is no terminal and on all processes but the first."""
-    silent = RANK > 0 or not sys.stderr or None  # None: tqdm asks
+def progress(total, layout, *, initial=0, every_process=False):
+    """A tqdm bar; silent where the output is no terminal, and on all processes but the first or the one that calls."""
+    silent = (RANK > 0 and not every_process) or not sys.stderr or None  # None: tqdm asks
     return tqdm(total=total, initial=initial, bar_format=layout, unit="img", disable=silent, dynamic_ncols=True)
 
 
@@ -717,7 +718,7 @@ def decode(picture, c):
         picture.draft(mode, (c.image_size, c.image_size))
     picture.load()  # raises where its pixels are damaged, some formats only the first time
     with contextlib.suppress(Exception):  # a sound picture with damaged EXIF is still a picture
-        ImageOps.exif_transpose(picture, in_place=True)
+        picture = ImageOps.exif_transpose(picture)  # not in_place: Pillow 9 has no such argument
     if picture.mode[0] in "IF":  # 16 or 32 bits: scaled by what such values can reach
         x = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
         high = 65535 if picture.mode[0] == "I" else 255 if x.max() > 1 else 1  # floats: of 0 to 255, or 0 to 1
@@ -812,10 +813,11 @@ def decode_all(pictures, c, array, index):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else cores if len(pictures) >= 512 else 0
     flags = dict(num_workers=workers, worker_init_fn=leave_with_parent)
-    batches = iter(torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags))  # here: no error of the disk's
+    # its workers start here: within written_whole an error of theirs would be blamed on the disk
+    batches = iter(torch.utils.data.DataLoader(pictures, 32, collate_fn=list, **flags))
     left_out = []
     layout = "decoding {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}] {bar}"
-    with written_whole(array) as file, progress(len(pictures), layout) as bar:
+    with written_whole(array) as file, progress(len(pictures), layout, every_process=True) as bar:
         for batch in batches:
             left_out += [x for x in batch if isinstance(x, str)]
             file.write(b"".join(x for x in batch if isinstance(x, bytes)))
@@ -940,7 +942,8 @@ def reading(path):
     """with reading(path): an error from a missing, damaged or foreign file becomes a UserError that names it."""
     if not Path(path).exists():
         raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one")
-    return explained(f"{path} is damaged or of another program or version; see snapshots/", Exception)
+    go_on = "draw from another, such as one in snapshots/" if str(path).endswith(".pt") else "begin another run"
+    return explained(f"{path} is damaged or of another program or version; {go_on}", Exception)
 
 
 def load(path):
@@ -957,7 +960,8 @@ def load(path):
 
 
 def load_generator(path, device="cpu", ops=PLAIN):
-    """-> G in eval mode, its Config as G.config, from a run's folder, checkpoint.pt, generator.pt or a snapshot."""
+    """-> G in eval mode, its Config as G.config, from a run's folder, checkpoint.pt, generator.pt or a snapshot.
+    Raises UserError if that is missing, damaged or no file of ours."""
     path = Path(path) / "generator.pt" if Path(path).is_dir() else Path(path)
     saved = load(path)
     with reading(path), torch.device("meta"):  # allocates nothing: a foreign config could ask for any amount
@@ -1042,7 +1046,7 @@ def save_curves(rows, path):
 
 
 def choose_device(name):
-    """-> the torch.device that is named; auto: the best there is."""
+    """-> the torch.device that is named; auto: the best there is.  Raises UserError if it cannot be used."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = best if name == "auto" else name
     with explained(f"--device {name} cannot be used here; this machine has {best}", RuntimeError, AssertionError):
@@ -1103,7 +1107,8 @@ def tune(c, device):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not c.deterministic
-    elif sys.platform == "linux":  # glibc: keep large blocks, or the kernel clears new ones at each step
+    elif sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc's own switch goes first
+        # keep large blocks, or the kernel clears new ones at each step
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes; an older glibc takes 32 MiB at most
@@ -1164,7 +1169,7 @@ def open_run(c):
         now, begun = getattr(c, name), getattr(saved["config"] if saved else old, name)
         paths = name == "data" and now and begun
         if paths and (not Path(begun).exists() or Path(now).resolve() == Path(begun).resolve()):
-            continue  # the same pictures in another place: set_up says if they are fewer or more
+            continue  # the same pictures in another place: restore says if they are fewer or more
         if now != begun:
             what = f"{folder / ('checkpoint.pt' if saved else 'config.json')} cannot go on with {name} {now!r}"
             what += f": it began with {begun!r}. {'Leave it out' if name in given else 'Put its own config.json back'}"
@@ -1434,7 +1439,7 @@ def loop(run):
     saved, code = time.monotonic(), None
     run.reported = run.step, saved
     layout = "{n_fmt}/{total_fmt} [{remaining}{postfix}] {bar}"  # in this order: a narrow terminal cuts off the end
-    with stopping(c.time_limit) as stop, progress(run.total, layout, run.step) as bar:
+    with stopping(c.time_limit) as stop, progress(run.total, layout, initial=run.step) as bar:
         while run.step < run.total and code is None:
             inputs = draw_inputs(c, run.pictures, run.step, run.device)
             decay = min(c.ema, (1 + run.step) / (10 + run.step))  # shorter at first, or the first weights would linger
@@ -1471,7 +1476,8 @@ def loop(run):
 
 
 def train(c):
-    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case."""
+    """Train as the Config says -> the exit code: 0, or 130 or 143 after a signal; saved in each case.
+    Raises UserError for what cannot be: no pictures, no kernels, a folder that is taken, only bad steps."""
     c, preset = copy.copy(c), config(c.preset)  # a copy: the caller's stays as it is
     c.given |= {name for name in FIELDS if getattr(c, name) != getattr(preset, name)}  # and those set after config()
     with claim(c), explained(None):
@@ -1501,6 +1507,9 @@ def read_arguments(command, argv, seeds, name, what):
     if not all(found) or not all(ranges) or sum(map(len, ranges)) > 100_000:
         raise UserError(f"--seeds {args.seeds!r} is no list of 1 to 100,000 seeds; write 0-63 or 3,7,12")
     seeds = [seed for part in ranges for seed in part]
+    suffix = args.out.suffix.lower() if args.out else ""
+    if suffix in Image.registered_extensions() and suffix not in SUFFIXES:
+        raise UserError(f"--out {args.out}: a picture is written as {' '.join(sorted(SUFFIXES))}; or name a folder")
     folder = args.source if args.source.is_dir() else args.source.parent
     device = choose_device(args.device)
     G = load_generator(args.source, device)

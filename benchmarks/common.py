@@ -24,6 +24,8 @@ def facts(device, note=""):
     """-> what a figure is worth nothing without: device, versions, commit, command."""
     got = {"device": cpu_name(), "cores": cores()}
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch finds no CUDA device here; leave it out to measure the CPU")
         got = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         query = output("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
         got["driver, power limit"] = query

@@ -77,4 +77,7 @@ def main(run, n=512):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python benchmarks/demo.py RUN, the folder or generator of a demo run")
-    sys.exit(main(sys.argv[1]))
+    try:
+        sys.exit(main(sys.argv[1]))
+    except dcgan.UserError as e:
+        sys.exit(f"demo.py: {e}")

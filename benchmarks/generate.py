@@ -33,8 +33,9 @@ def measure(pipe, device, threads, allocator, n, width, rounds, seconds):
         dcgan.tune(dcgan.config("demo"), torch.device("cpu"))
     c = dcgan.config("classic", ngf=width)
     reference, G = reference_networks(width=width)[0].eval().to(device), dcgan.Generator(c)
-    for theirs, block in zip((layer for layer in reference if hasattr(layer, "stride")), G.blocks, strict=True):
-        theirs.weight.data.copy_(block.layer.weight)
+    ours = [layer for block in G.blocks for layer in (block.layer, block.bn) if layer is not None]
+    for theirs, layer in zip((layer for layer in reference if len(layer.state_dict())), ours, strict=True):
+        theirs.load_state_dict(layer.state_dict())
     G = G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     z = dcgan.latent(range(n), c.nz)
     rows = {

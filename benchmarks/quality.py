@@ -89,7 +89,11 @@ def inception(path, device, layer="2048"):
     knows: `fc`, which no figure here uses, becomes 0, and BatchNorm's weight, which TensorFlow left out, 1."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    what = f"{path} is no state dict of the FID Inception: give pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+    with dcgan.explained(what, Exception):
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if "Mixed_7c.branch1x1.conv.weight" not in state:
+            raise ValueError(f"it has {', '.join(map(str, [*state][:3]))} ...")
     state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
     for name in [name for name in state if name.endswith("bn.running_var")]:
         state.setdefault(name.replace("running_var", "weight"), torch.ones_like(state[name]))
@@ -109,7 +113,7 @@ def features(net, x, device, precision="fp32"):
     out = []
     chunk = 16 if device.type == "cpu" else 256
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with bf16, dcgan.progress(len(x), "features", "img") as bar:
+    with bf16, dcgan.progress(len(x), "features {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}] {bar}") as bar:
         for part in x.split(chunk):
             out.append(net(part.expand(-1, 3, -1, -1).to(device))[0].float().cpu())
             bar.update(len(part))
@@ -441,6 +445,7 @@ def train_and_score_all(args):
     rows, failed = FACES | DIGITS, []
     if not args.mnist and DIGITS.keys() & set(args.rows or ()):
         raise ValueError("--rows of digits need --mnist, the folder of MNIST's idx files")
+    inception(args.weights, torch.device("cpu"))  # wrong weights, too, are to be missed now
     for name in args.rows or rows:
         preset, options = rows[name]
         data = args.mnist if name in DIGITS else args.faces
@@ -473,6 +478,7 @@ def train_and_score_all(args):
             for score in scores:
                 try:
                     main([*words, *score])
+                    torch.cuda.empty_cache()  # the next row trains in another process
                 except (SystemExit, RuntimeError) as e:
                     print(e)
                     failed.append(score[1])

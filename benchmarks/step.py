@@ -237,7 +237,7 @@ def matmul_rate(precision, device, seconds=1.0):
 
 KINDS = {  # the first that fits the name of an operator or of a GPU's kernel
     "BatchNorm, with its activation where fused": r"batch_?norm|bn_leaky_relu|bn_",
-    "norms: spectral, of the gradients": r"spectral|aten::(mv|dot|linalg_vector_norm)|gemv|power",
+    "norms: spectral, of the gradients": r"spectral|lpnorm|aten::(mv|dot|linalg_vector_norm)|gemv|power",
     "convolution, backward": r"convolution_backward|dgrad|wgrad",
     "convolution and matmul, forward": r"conv|addmm|aten::mm|linear|gemm|cutlass|xmma|cudnn|implicit",
     "activation": r"relu|tanh|sigmoid|threshold",

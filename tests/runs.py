@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -387,6 +388,7 @@ def watch(file):
 def serve():
     """The warm process: a request a line, an answer a line."""
     children = set()
+    multiprocessing.set_start_method("fork", force=True)  # its workers are to know the faults; from 3.14 on no default
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

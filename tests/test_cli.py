@@ -671,8 +671,22 @@ def test_glibc_is_told_to_keep_large_blocks(most, monkeypatch, tiny):
 
     monkeypatch.setattr(dcgan.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # the user has decided
+    dcgan.tune(tiny("classic"), torch.device("cpu"))
+    assert told == {}
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     dcgan.tune(tiny("classic"), torch.device("cpu"))
     assert told == {-3: most, -1: 1 << 30}
+
+
+def test_whichever_process_decodes_shows_its_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(dcgan, "RANK", 1)
+    for shown in (True, False):
+        with dcgan.progress(10, "{n_fmt}", every_process=shown) as bar:
+            assert bar.disable is not shown
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu", "python"])
@@ -782,3 +796,11 @@ def test_import_has_no_side_effects(tmp_path):
 
     assert in_child(import_again)[0] == 0, words.read_text()
     assert words.read_text() == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["faces.pdf", "faces.AVIF"])
+def test_a_picture_of_a_kind_that_is_not_written_is_no_folder(name, tmp_path):
+    with pytest.raises(dcgan.UserError, match=f"{name}: a picture is written as .bmp .*; or name a folder"):
+        dcgan.generate([str(tmp_path), "--out", str(tmp_path / name)])
+    with pytest.raises(dcgan.UserError, match="there is no"):  # a folder: then the run is looked for
+        dcgan.generate([str(tmp_path), "--out", str(tmp_path / "faces.v2")])

@@ -253,6 +253,9 @@ def test_every_row_is_trained_and_scored(monkeypatch, tmp_path):
         QUALITY["main"]([*argv, str(tmp_path / "w.pth")])
     (tmp_path / "w.pth").touch()
     argv += [str(tmp_path / "w.pth")]
+    with pytest.raises(SystemExit, match="w.pth is no state dict of the FID Inception"):
+        QUALITY["main"](argv)
+    monkeypatch.setitem(QUALITY["main"].__globals__, "inception", lambda *_: None)
     codes = iter([2, *[0] * 100])  # the first row fails
 
     def run(words):
@@ -299,6 +302,7 @@ def test_a_row_that_was_begun_goes_on_unless_it_was_another(monkeypatch, tmp_pat
     monkeypatch.setattr(QUALITY["subprocess"], "run", run)
     everything = QUALITY["main"]
     monkeypatch.setitem(everything.__globals__, "main", lambda _: None)
+    monkeypatch.setitem(everything.__globals__, "inception", lambda *_: None)
     (tmp_path / "w.pth").touch()
     argv = ["all", "--faces", "f.zip", "--weights", str(tmp_path / "w.pth"), "--seeds", "7", "--rows", "best"]
     argv += ["--pictures", "8000"]
@@ -339,7 +343,7 @@ def test_the_features_are_those_of_the_library(tmp_path):
     assert one.shape == (1, 2048) and (one >= 0).all()
     assert (both[0] - one[0]).norm() < 0.05 * one.norm() and (both[1] - one[0]).norm() > 0.1 * one.norm()
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(dcgan.UserError, match="no state dict of the FID Inception"):
         QUALITY["inception"](tmp_path / "other.pth", CPU)
 
 

@@ -48,3 +48,13 @@ def test_the_first_screen_is_short_and_has_pictures_and_a_command():
     first = README[: README.index("## ")].splitlines()
     assert len(first) <= 40
     assert any(".png" in line for line in first) and any("python dcgan.py" in line for line in first)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?:.*&& )?(python dcgan\.py .*?|torchrun .*?) *(?:#.*)?$", README, re.M))
+def test_every_command_of_the_readme_is_one_that_the_program_takes(line):
+    """Values, too: a preset or a size that does not exist would be refused."""
+    words = line[line.index("dcgan.py") + 8 :].split()
+    if words[:1] == ["generate"] or words[:1] == ["interpolate"]:
+        assert re.fullmatch(r"(RUN|runs/[\w-]+)( --seeds [\d,-]+)?( --out faces(\.png|/))?", " ".join(words[1:]))
+    elif words != ["--help"]:
+        dcgan.config(**{"preset": "best", **dcgan.read_options(words)})
