@@ -6,8 +6,8 @@
 
 The reference is the generator of pytorch/examples in eval mode, eager, fp32, NCHW, all pictures in one batch, turned
 to uint8 and copied to the CPU: what dcgan.draw gives, too, in chunks of one size, so that no picture depends on
-what is drawn beside it.  Both with random weights: the values do not change the work.  Each allocator setting has a
-process of its own; rows take turns, medians with spread as in step.py.
+what is drawn beside it.  Both have the same random weights, and draw the same pictures, or nothing is timed.  Each
+allocator setting has a process of its own; rows take turns, medians with spread as in step.py.
 Writes benchmarks/results/generation_<device>.json and .md.
 """
 
@@ -31,13 +31,18 @@ def measure(pipe, device, threads, allocator, n, width, rounds, seconds):
     torch.set_num_threads(threads)
     if allocator == "kept":
         dcgan.tune(dcgan.config("demo"), torch.device("cpu"))
-    c = dcgan.config("classic", ngf=width)
+    c = dcgan.config("classic", ngf=width, bn_momentum=1.0)  # so that one pass sets the statistics
     reference, G = reference_networks(width=width)[0].eval().to(device), dcgan.Generator(c)
+    z = dcgan.latent(range(n), c.nz)
+    with torch.no_grad():
+        G(z[:16])
     ours = [layer for block in G.blocks for layer in (block.layer, block.bn) if layer is not None]
     for theirs, layer in zip((layer for layer in reference if len(layer.state_dict())), ours, strict=True):
         theirs.load_state_dict(layer.state_dict())
     G = G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    z = dcgan.latent(range(n), c.nz)
+    far = (plain(reference, z[:16].to(device)).int() - dcgan.draw(G, z[:16], device).int()).abs().max().item()
+    if far > (1 if device == "cpu" else 8):  # of 255; on a GPU TF32 may blur either
+        raise SystemExit(f"the two draw pictures that are {far} of 255 apart: not timed")
     rows = {
         "reference, fp32": lambda: plain(reference, z.to(device)),
         "dcgan.draw, fp32": lambda: dcgan.draw(G, z, device),
