@@ -942,7 +942,7 @@ def reading(path):
     """with reading(path): an error from a missing, damaged or foreign file becomes a UserError that names it."""
     if not Path(path).exists():
         raise UserError(f"there is no {path}; give the folder of a run, or a .pt file from one")
-    go_on = "draw from another, such as one in snapshots/" if str(path).endswith(".pt") else "begin another run"
+    go_on = "to draw, take another, such as one in snapshots/" if str(path).endswith(".pt") else "begin another run"
     return explained(f"{path} is damaged or of another program or version; {go_on}", Exception)
 
 

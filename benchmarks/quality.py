@@ -438,14 +438,10 @@ def table(results):
 def train_and_score_all(args):
     """Train every row of the table with each seed, unless its run is there already, and score it.  A row that fails
     does not stop the others; being told to stop does."""
-    import torch_fidelity  # noqa: F401 - what scoring needs is to be missed now, not after the first row
-
-    if not args.weights.is_file():
-        raise ValueError(f"there is no {args.weights}; --weights is the FID Inception")
     rows, failed = FACES | DIGITS, []
     if not args.mnist and DIGITS.keys() & set(args.rows or ()):
         raise ValueError("--rows of digits need --mnist, the folder of MNIST's idx files")
-    inception(args.weights, torch.device("cpu"))  # wrong weights, too, are to be missed now
+    inception(args.weights, torch.device("cpu"))  # what scoring needs is to be missed now, not after the first row
     for name in args.rows or rows:
         preset, options = rows[name]
         data = args.mnist if name in DIGITS else args.faces
