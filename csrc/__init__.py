@@ -112,7 +112,8 @@ def spectral_norm(weights, us, vs, eps, update) -> list[torch.Tensor]:
     out_dtype = None
     if weights[0].dtype == torch.float32:
         device = weights[0].device.type
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        on = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
+        out_dtype = torch.get_autocast_dtype(device) if on else None
     if _is_eager():
         return list(_SpectralNorm.apply(us, vs, eps, update, out_dtype, *weights))
     scaled, new_us, new_vs, _ = torch.ops.dcgan.spectral_norm(weights, us, vs, eps, update, out_dtype)

@@ -763,6 +763,12 @@ def test_the_first_use_may_come_from_many_threads_or_be_of_shapes_alone(how):
     assert done.stdout.splitlines() == [*(["torch.Size([3, 4])"] if how == "meta" else []), "4 True cpu register"]
 
 
+def test_spectral_norm_takes_shapes_alone_though_autocast_knows_no_meta():
+    state = [torch.ones(shape, device="meta") for shape in ((6, 5, 4, 4), (6,), (80,))]
+    (scaled,) = ops.spectral_norm(*([t] for t in state), 1e-12, True)
+    assert scaled.is_meta and scaled.shape == (6, 5, 4, 4)
+
+
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_a_sigma_whose_square_no_float32_holds_has_gradients(device, size):
     weights, us, vs = iteration_state([(6, 5)], device)
