@@ -19,7 +19,7 @@ by a small classifier.
  precision, recall  Kynkaanniemi et al. 2019, arXiv:1904.06991, 3 neighbours, in the same features, not VGG's
  nearest            is a picture copied?  The distance from a fake to the nearest real picture, by pixels and by
                     features, over that from a real picture to the nearest other: medians of 1,000.  A copy is near 0.
-                    Suspects: the share of fakes, as they are or mirrored, at less than half of that median.
+                    Suspects: the share of fakes, as they are or mirrored, at less than half of either median.
 """
 
 import argparse
