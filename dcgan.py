@@ -499,11 +499,10 @@ def apply_gradients(optimizer, loss, good):
 
 @torch.no_grad()
 def average(ema, G, weight):
-    """Move all weights and running statistics of ema by `weight`, a number or tensor, of the way to those of G [8]."""
-    old, new = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G))
-    way = torch._foreach_sub(new, old)
-    torch._foreach_mul_(way, weight)
-    torch._foreach_add_(old, way)
+    """Move all weights and running statistics of ema by `weight`, a tensor (), of the way to those of G [8]."""
+    for old, new in zip(ema.state_dict().values(), G.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, weight.to(old.dtype))
 
 
 METRICS = ("loss_d", "loss_g", "d_x", "d_gz", "good", "bad")  # of one step; the first four go to log.jsonl, as means
