@@ -138,7 +138,7 @@ class Config:
     self_modulation: bool = opt(False, "z scales the channels inside G, too [11]")
     init: str = opt("dcgan", "first weights", choices=["dcgan", "normal", "keras"])
     slope: float = opt(0.2, "of LeakyReLU below 0")
-    bn_eps: float = opt(1e-5, "BatchNorm: added to the variance")
+    bn_eps: float = opt(1e-5, "BatchNorm: added to the variance", low=1e-12)
     bn_momentum: float = opt(0.1, "BatchNorm: share of a batch in the running statistics", high=1)
     spectral_norm: bool = opt(False, "divide D's weights by their spectral norm [3]")
     dropout: float = opt(0.0, "in D, share of the features", high=1)
@@ -155,7 +155,7 @@ class Config:
     lr_d: float = opt(5e-4, "learning rate of D [7]", high=1)
     beta1: float = opt(0.5, "Adam: decay of the mean gradient", high=BELOW_1)
     beta2: float = opt(0.999, "Adam: decay of the mean squared gradient", high=BELOW_1)
-    adam_eps: float = opt(1e-8, "Adam: added to its root")
+    adam_eps: float = opt(1e-8, "Adam: added to its root", low=1e-12)  # 0: 0 / 0 where a gradient is 0
     weight_decay: float = opt(0.0, "of AdamW; with adam it is L2")
     ema: float = opt(0.0, "EMA of G's weights, used for samples: its decay per step; 0: off [8]", high=BELOW_1)
     batch_size: int = opt(64, "pictures a step, over all processes", alias=["--batchSize"], low=1)
@@ -211,8 +211,9 @@ def config(preset="classic", **overrides):
             raise UserError(f"{f.name} is {value!r}; it must be of type {f.type.__name__}")
         if m["choices"] and value not in m["choices"]:
             raise UserError(f"{f.name} cannot be {value!r}; it can be {', '.join(str(x) for x in m['choices'] if x)}")
-        if f.type in (int, float) and not m["low"] <= value <= m["high"]:
-            raise UserError(f"{f.name} is {value}; it can be from {m['low']} to {m['high']}")
+        if f.type in (int, float) and not (m["low"] <= value <= m["high"] and abs(value) < math.inf):
+            allowed = f"from {m['low']} to {m['high']}" if m["high"] < math.inf else f"{m['low']} or more"
+            raise UserError(f"{f.name} is {value}; it can be {allowed}")
     if not re.fullmatch(r"(\d+(\.\d+)?[smh])?", c.time_limit):
         raise UserError(f"time_limit is {c.time_limit!r}; write 90s, 30m or 2h")
     halvings(c)  # raises where the networks cannot have this image_size

@@ -92,7 +92,7 @@ DCGAN_CLONES void add_gradients(const A* __restrict dy, int64_t dy_step, const A
     }
   }
 }
-template <int R, typename A>  // dx = scale dz + (x - mean) p + q
+template <int R, bool Training, typename A>  // dx = scale dz + (x - mean) p + q, in eval mode scale dz
 DCGAN_CLONES void gradient(const A* __restrict dy, int64_t dy_step, const A* __restrict x, int64_t x_step,
                            const A* __restrict mean, const A* __restrict scale, const A* __restrict bias,
                            const A* __restrict p, const A* __restrict q, A slope, A* __restrict dx,
@@ -104,7 +104,7 @@ DCGAN_CLONES void gradient(const A* __restrict dy, int64_t dy_step, const A* __r
       for (int r = 0; r < R; ++r) {
         A centered = x[r * x_step + j] - mean[j];
         A dz = passed_back(dy[r * dy_step + j], centered, scale[j], bias[j], slope);
-        dx[r * dx_step + j] = dz * scale[j] + (centered * p[j] + q[j]);
+        dx[r * dx_step + j] = dz * scale[j] + (Training ? centered * p[j] + q[j] : A(0));  // eval: p = 0, but x may be inf
       }
     }
   }
@@ -230,8 +230,8 @@ void backward(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor& dx_
         auto [dys, dy_step, dy_next] = read_lines(dy + at, step, R, n, grad, ahead);
         auto [xs, x_step, next] = read_lines(x + at, step, R, n, in, ahead);
         auto [dxs, dx_step, dx_next] = write_lines(dx + at, step, R, n, out, ahead);
-        gradient<R>(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, ps, qs, A(slope), dxs, dx_step,
-                    n, dx_next);
+        auto write = training ? gradient<R, true, A> : gradient<R, false, A>;
+        write(dys, dy_step, xs, x_step, k.mean, k.scale, k.bias, ps, qs, A(slope), dxs, dx_step, n, dx_next);
         round_lines(dx + at, step, R, n, out);
       });
     };

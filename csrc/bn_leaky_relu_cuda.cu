@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int e = 0; e < V; ++e) {
         const A distance = A(xs[i].at[e]) - t[e].z.mean, g = A(dys[i].at[e]);
         const A dz = t[e].z(distance) > 0 ? g : g * p.slope;
-        xs[i].at[e] = T(t[e].z.scale * dz - t[e].constant - t[e].slant * distance);
+        const A steep = t[e].z.scale * dz;  // all there is in eval mode: 0 times an infinite distance is NaN
+        xs[i].at[e] = T(p.training ? steep - t[e].constant - t[e].slant * distance : steep);
       }
       store(dx + at[i], xs[i]);
     }

@@ -53,9 +53,14 @@ def file_name(kind):
 
 
 def read_facts(path):
-    """-> what module.cpp wrote into the library, read from the file without loading it; {} if there is none."""
+    """-> what module.cpp wrote into the library, read from the file without loading it; {} if there is none, or if the
+    file is not whole: pip copies it in pieces, and to load a part of it is a SIGBUS, no error."""
     try:
-        found = re.search(rb'dcgan-ops-facts (\{"sources".*?\})', Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        if data.startswith(b"\x7fELF"):  # 64 bits, little-endian; the table of sections is its end
+            table, size, count = (int.from_bytes(data[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+            data = data if len(data) >= table + size * count else b""
+        found = re.search(rb'dcgan-ops-facts (\{"sources".*?\})', data)
         return json.loads(found[1]) if found else {}
     except (OSError, ValueError):
         return {}
@@ -118,7 +123,8 @@ def cuda_home():
     if on_path:
         guesses.insert(2, os.path.dirname(os.path.dirname(os.path.realpath(on_path))))
     for home in filter(None, guesses):
-        if os.path.isfile(f"{home}/bin/nvcc") and os.path.isfile(f"{home}/include/cuda_runtime.h"):
+        headers = (*Path(home).glob("include/cuda_runtime.h"), *Path(home).glob("targets/*/include/cuda_runtime.h"))
+        if os.path.isfile(f"{home}/bin/nvcc") and headers:  # the second place is conda-forge's
             return home
     raise CannotBuild(
         f"no CUDA toolkit found ({'only ' + on_path if on_path else 'no nvcc'}; looked at CUDA_HOME, PATH and "

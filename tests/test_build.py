@@ -4,6 +4,7 @@ What takes minutes (installs, builds) is marked slow: pytest tests/test_build.py
 """
 # ruff: noqa: S603
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -116,6 +117,32 @@ def test_a_library_carries_its_facts():
     facts = build.read_facts(path)
     assert not why and facts == json.loads(ops.libraries.loaded["cpu"].facts)
     assert facts["sources"] == build.source_hash("cpu") and facts["torch_target"] == build.TARGET
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files on Linux")
+def test_a_part_of_a_library_has_no_facts(tmp_path):
+    """pip copies it in pieces: what loads one that is not whole dies of SIGBUS."""
+    ops.load("cpu")
+    path, _ = ops.libraries.find("cpu")
+    data, part = path.read_bytes(), tmp_path / path.name
+    for size in (0, 60, *(len(data) * percent // 100 for percent in (50, 80, 90, 99)), len(data) - 1):
+        part.write_bytes(data[:size])
+        assert build.read_facts(part) == {}
+    part.write_bytes(data)
+    assert build.read_facts(part) == build.read_facts(path) != {}
+
+
+@pytest.mark.parametrize("headers", ["include", "targets/x86_64-linux/include"])  # the latter as conda-forge has them
+def test_a_toolkit_is_found_by_its_compiler_and_headers(headers, tmp_path, monkeypatch):
+    home = tmp_path / "toolkit"
+    (home / headers).mkdir(parents=True)
+    (home / "bin").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    (home / headers / "cuda_runtime.h").touch()
+    with contextlib.suppress(build.CannotBuild):  # another one may be here
+        assert build.cuda_home() != str(home)
+    (home / "bin" / "nvcc").touch()
+    assert build.cuda_home() == str(home)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -273,6 +273,17 @@ def test_bn_infinite_values_spoil_their_channel_only(device, value, place):
         torch.testing.assert_close(a[finite], b[finite], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bn_in_eval_mode_infinite_values_have_pytorchs_gradient(device, value, layout):
+    x = torch.randn(8, 3, 4, 4, device=device)
+    x[2, 1, 0, 3] = value
+    case = Case(channels_last(x) if layout == "channels_last" else x, training=False)
+    ours, plain = case.run(ops.bn_leaky_relu)[1], case.run(dcgan.bn_leaky_relu)[1]
+    assert plain.isfinite().all()
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_bn_far_from_zero_and_with_outliers(device, dtype, layout):
