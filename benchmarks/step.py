@@ -241,7 +241,7 @@ KINDS = {  # the first that fits the name of an operator or of a GPU's kernel
     "convolution, backward": r"convolution_backward|dgrad|wgrad",
     "convolution and matmul, forward": r"conv|addmm|aten::mm|linear|gemm|cutlass|xmma|cudnn|implicit",
     "activation": r"relu|tanh|sigmoid|threshold",
-    "optimiser": r"adam|optimizer|multi_tensor|foreach",
+    "optimiser": r"adam|optimizer|multi_tensor|foreach|aten::lerp_",
     "copies and layout": r"copy|aten::(cat|to|clone|index|flip|where)|CatArray|nchw|nhwc|Memcpy|Memset",
 }
 
